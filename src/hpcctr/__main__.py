@@ -1,0 +1,60 @@
+"""Entry of the program. ``hpcctr run`` through an engine takes a short lane that imports next to nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line of this process; the exit status is the command's own where it became the process."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["run"] and os.getuid() != 0:
+        _isolate()
+        _run(arguments[1:])
+    from hpcctr.cli.app import run_command_line
+
+    raise SystemExit(run_command_line())
+
+
+def _run(arguments: list[str]) -> None:
+    """The short lane; returns when the full command answers better."""
+    from hpcctr.errors import HpcctrError
+    from hpcctr.request import NeedsFullParser, RunWords
+
+    try:
+        words = RunWords.parse(arguments)
+        if words.explain or words.pull == "always":
+            return
+        from hpcctr.client.run import run
+
+        run(words)
+    except NeedsFullParser:
+        return
+    except HpcctrError as error:
+        os.write(2, os.fsencode(error.for_stderr()))
+        raise SystemExit(error.exit_status) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _isolate() -> None:
+    """Start again with ``-IS`` when PYTHONPATH, the user's site-packages or the working directory could change what is imported.
+
+    The launcher that ``hpcctr engine install`` writes starts isolated and never comes here.
+    """
+    if sys.flags.isolated:
+        return
+    place = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hpcctr.__main__ import main; main()"
+    from hpcctr.client.environment import of_this_process
+
+    os.execve(sys.executable, [sys.executable, "-IS", "-c", code, place, *sys.argv[1:]], of_this_process())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""``hpcctr doctor``: what this node lacks for hpcctr, and how to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpcctr.cli.direct import load_site
+from hpcctr.cli.table import Format
+from hpcctr.client.connect import ENGINE_SOCKET
+from hpcctr.engine.serve import SOCKET_PATH
+from hpcctr.enter.install import enter_problem
+from hpcctr.errors import HpcctrError
+from hpcctr.image.store import Store
+from hpcctr.policy.load import load
+from hpcctr.site import Site
+
+#: mount_setattr(2) is the youngest call without which nothing works.
+_KERNEL_FLOOR = (5, 14)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The state of one thing on this node."""
+
+    thing: str
+    is_good: bool
+    what: str
+    remedy: str = ""
+
+
+def doctor(
+    format: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,  # noqa: A002
+) -> None:
+    """Say what this node lacks for hpcctr and how to get it. Ends with 1 when something is missing."""
+    findings = [finding for check in CHECKS for finding in check(load_site())]
+    if format is Format.JSON:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok     ' if finding.is_good else 'MISSING'} {finding.thing:14} {finding.what}")
+            if finding.remedy:
+                typer.echo(f"{'':22} -> {finding.remedy}")
+    raise SystemExit(0 if all(finding.is_good for finding in findings) else 1)
+
+
+def _kernel(_: Site) -> Iterator[Finding]:
+    release = platform.release()
+    major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
+    good = (major, minor) >= _KERNEL_FLOOR
+    yield Finding(thing="kernel", is_good=good, what=release, remedy="" if good else "Linux 5.14 or newer is needed")
+    filesystems = {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}
+    for name in ("overlay", "squashfs"):
+        good = name in filesystems or os.getuid() != 0
+        what = "in the kernel" if name in filesystems else "not loaded now; the engine loads it with its first mount"
+        yield Finding(
+            thing=name, is_good=True if os.getuid() != 0 else good, what=what, remedy="" if good else f"modprobe {name}"
+        )
+    loop = Path("/dev/loop-control").exists()
+    yield Finding(thing="loop devices", is_good=loop, what="/dev/loop-control", remedy="" if loop else "modprobe loop")
+
+
+def _enter(site: Site) -> Iterator[Finding]:
+    problem = enter_problem(Path(site.enter))
+    if problem:
+        yield Finding(thing="enter", is_good=False, what=f"{site.enter}: {problem[0]}", remedy=problem[1])
+    else:
+        yield Finding(thing="enter", is_good=True, what=f"{site.enter}: root's, with its capabilities")
+
+
+def _engine(_: Site) -> Iterator[Finding]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(SOCKET_PATH)
+            yield Finding(thing="engine", is_good=True, what=f"listens on {ENGINE_SOCKET}")
+        except OSError as error:
+            yield Finding(
+                thing="engine",
+                is_good=False,
+                what=f"{ENGINE_SOCKET}: {error.strerror}",
+                remedy="systemctl start hpcctr-engine.socket, or as root: hpcctr engine serve",
+            )
+
+
+def _containerd(site: Site) -> Iterator[Finding]:
+    path = site.containerd.socket
+    try:
+        there = stat.S_ISSOCK(os.stat(path).st_mode)  # noqa: PTH116
+        what = path if there else f"{path}: not a socket"
+    except OSError as error:
+        there, what = False, f"{path}: {error.strerror}"
+    remedy = (
+        ""
+        if there
+        else "apt install containerd (or your system's package), systemctl start containerd; or [containerd] socket"
+    )
+    if there and os.access(path, os.W_OK):
+        from hpcctr.containerd import Containerd
+
+        try:
+            what = f"{what}, version {Containerd(path).version()}"
+        except HpcctrError as error:
+            there, what, remedy = False, error.message, error.hint
+    yield Finding(thing="containerd", is_good=there, what=what, remedy=remedy)
+    yield _program(site.runtime, f"apt install {site.runtime}", needed_for="building containers")
+
+
+def _converter(_: Site) -> Iterator[Finding]:
+    name = next((name for name in ("tar2sqfs", "mksquashfs") if shutil.which(name)), "tar2sqfs")
+    yield _program(name, "apt install squashfs-tools-ng", needed_for="hpcctr pull")
+
+
+def _program(name: str, remedy: str, *, needed_for: str) -> Finding:
+    path = shutil.which(name, path=os.defpath + ":/usr/sbin:/sbin:/usr/local/bin")
+    if path is None:
+        return Finding(thing=name, is_good=False, what=f"not installed; needed for {needed_for}", remedy=remedy)
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(thing=name, is_good=False, what=f"{path}: {error}", remedy=remedy)
+    lines = (said.stdout or said.stderr).splitlines()
+    return Finding(thing=name, is_good=True, what=f"{path}, {lines[0].strip() if lines else 'version unknown'}")
+
+
+def _store(site: Site) -> Iterator[Finding]:
+    try:
+        count = len(Store.open(site.store).images())
+        yield Finding(thing="store", is_good=True, what=f"{site.store}: {count} names")
+    except HpcctrError as error:
+        yield Finding(thing="store", is_good=False, what=error.message, remedy=error.hint)
+
+
+def _policy(site: Site) -> Iterator[Finding]:
+    if os.getuid() != 0:
+        return
+    try:
+        yield Finding(
+            thing="policy", is_good=True, what=f"{site.policy_directory}: {len(load(site.policy_directory))} rules"
+        )
+    except HpcctrError as error:
+        yield Finding(thing="policy", is_good=False, what=error.message, remedy=error.hint)
+
+
+def _caller(_: Site) -> Iterator[Finding]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    if status.get("NoNewPrivs", "0").strip() != "0":
+        yield Finding(
+            thing="this shell",
+            is_good=False,
+            what="has no_new_privs set, so enter would get no capability",
+            remedy="leave the sandbox that set it (a container, systemd NoNewPrivileges=)",
+        )
+
+
+CHECKS: tuple[Callable[[Site], Iterator[Finding]], ...] = (
+    _kernel, _enter, _engine, _containerd, _converter, _store, _policy, _caller,
+)  # fmt: skip

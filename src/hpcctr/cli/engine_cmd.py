@@ -1,0 +1,78 @@
+"""``hpcctr engine serve|check|install``: the administrator's commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpcctr.errors import EnterUnusable
+from hpcctr.site import DEFAULT_PATH, Site
+
+app = typer.Typer(no_args_is_help=True, help="Run and set up the node's engine (root).")
+SiteFile = Annotated[
+    str | None, typer.Option("--site", metavar="FILE", help=f"Site file; default: {DEFAULT_PATH} if it exists.")
+]
+
+
+@app.command()
+def serve(site: SiteFile = None) -> None:
+    """Run the engine in the foreground: build containers for the node's users until SIGTERM.
+
+    Under systemd's socket activation it takes the socket it is given.
+    """
+    from hpcctr.engine.serve import serve as serve_engine
+
+    raise SystemExit(serve_engine(Site.load(site, root_owned=True)))
+
+
+@app.command()
+def check(
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="A site file; default: the node's.")] = None,
+) -> None:
+    """Read a site file and its policy as the engine would, and say what is wrong."""
+    from hpcctr.policy.load import load
+
+    site = Site.load(file, root_owned=True)
+    rules = load(site.policy_directory)
+    for rule in rules:
+        typer.echo(f"{rule.action:5} users={','.join(rule.users)} images={','.join(rule.images)}  ({rule.label})")
+    typer.echo(f"{file or DEFAULT_PATH}: {len(rules)} rules, otherwise deny")
+
+
+@app.command()
+def install(site: SiteFile = None) -> None:
+    """Install enter with its capabilities, and a faster start of the hpcctr command. Root; may be repeated."""
+    import hpcctr.enter
+    from hpcctr.enter.install import enter_problem, install_enter
+
+    if os.getuid() != 0:
+        raise EnterUnusable("only root can install enter", hint="sudo hpcctr engine install")
+    target = Path(Site.load(site, root_owned=True).enter)
+    built = Path(hpcctr.enter.__file__).with_name("enter")
+    if not built.exists():
+        raise EnterUnusable(f"{built} has not been built", hint="pip install hpcctr, with a C compiler on this machine")
+    install_enter(built, target)
+    problem = enter_problem(target)
+    if problem:
+        raise EnterUnusable(f"{target}: {problem[0]}", hint=problem[1])
+    typer.echo(f"{target}: installed, root:root 0711, cap_sys_admin,cap_sys_chroot=p")
+    launcher = Path(sys.argv[0]).resolve()
+    if launcher.name == "hpcctr" and launcher.is_file():
+        _write_launcher(launcher)
+        typer.echo(f"{launcher}: starts isolated and without site")
+
+
+def _write_launcher(path: Path) -> None:
+    """Replace pip's start script, which imports re and lets PYTHONPATH decide what is imported."""
+    place = str(Path(__file__).parents[2])
+    text = (
+        f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {place!r})\nfrom hpcctr.__main__ import main\nmain()\n"
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.chmod(0o755)
+    temporary.replace(path)

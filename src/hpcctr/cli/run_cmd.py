@@ -1,0 +1,107 @@
+"""``hpcctr run`` as a full command: help, ``--explain``, root's direct mode, and whatever the short lane leaves to it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from hpcctr.client.connect import connect
+from hpcctr.client.run import prepare, run
+from hpcctr.request import RUN_OPTIONS, Option, RunWords
+
+HELP = """Run CMD in a container of IMAGE, as this very process.
+
+The program keeps your identity, limits, cgroup, terminal and descriptors; only the root filesystem is the image's. Your
+working directory, home and /tmp are where they are outside.
+
+  hpcctr run debian:12 -- cat /etc/os-release
+
+  mpirun -n 8 hpcctr run my/solver:1.2 -- solver input.dat
+
+  srun -n 64 hpcctr run -v /data:/data:ro my/solver:1.2 -- solver /data/input.dat
+
+Without CMD the image's own entrypoint and command run. hpcctr's own failures end with 125, a refusal or a program that
+cannot be executed with 126, a program that is not found with 127; anything else is the program's own end.
+"""
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    annotation: Any
+    default: Any
+    if not option.metavar:
+        annotation, default = bool, False
+    elif option.repeated:
+        annotation, default = list[str] | None, None
+    else:
+        annotation, default = str | None, None
+    declared = typer.Option(default, *option.flags, help=option.help, metavar=option.metavar or None)
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)
+
+
+def command() -> Callable[..., None]:
+    """The function behind ``run``, with a signature made from :data:`RUN_OPTIONS`."""
+
+    def run_command(**values: Any) -> None:  # noqa: ANN401 - typer fills it in from the signature below
+        raise SystemExit(launch(words_of(values)))
+
+    positional = [
+        inspect.Parameter(
+            "image",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Argument(..., metavar="IMAGE", help="A name or digest as hpcctr images prints it."),
+            annotation=str,
+        ),
+        inspect.Parameter(
+            "command",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Argument(
+                None, metavar="[--] [CMD [ARG...]]", help="What to run; default: what the image says."
+            ),
+            annotation=list[str] | None,
+        ),
+    ]
+    parameters = [*positional, *map(_parameter, RUN_OPTIONS)]
+    run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run_command.__doc__ = HELP
+    return run_command
+
+
+def words_of(values: dict[str, Any]) -> RunWords:
+    """The words typer has parsed, as the short lane would have read them."""
+    image = values.pop("image")
+    command = list(values.pop("command") or ())
+    if command[:1] == ["--"]:
+        command.pop(0)
+    options: dict[str, object] = {}
+    for option in RUN_OPTIONS:
+        value = values[option.name]
+        if value is None or value is False:
+            continue
+        if option.repeated:
+            options[option.name] = tuple(map(os.fsencode, value))
+        else:
+            options[option.name] = os.fsencode(value) if option.name in ("workdir", "entrypoint") else value
+    return RunWords(image, [os.fsencode(word) for word in command], **options)
+
+
+def launch(words: RunWords) -> int:
+    """Run or explain. Returns only in root's direct mode and after ``--explain``."""
+    if os.getuid() == 0:
+        from hpcctr.cli import direct
+
+        return direct.run(words)
+    if words.pull == "always":
+        from hpcctr.cli.images_cmd import pull_one
+
+        words.image = pull_one(words.image, platform=words.platform)
+    if words.explain:
+        from hpcctr.cli.explain import show
+
+        show(prepare(words, connect()))
+        return 0
+    run(words)

@@ -1,0 +1,199 @@
+"""The image file as a mount: once per file, however many node containers stand on it.
+
+The kernel is given the very file the store opened and checked, as a descriptor: no path of the store is looked up
+again. A mount is known by what the kernel says of that file (device, inode, size, time), never by what a record claims
+of its content, so one user's private file cannot stand in for another's image of the same digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+import threading
+from dataclasses import dataclass, field
+
+from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, read_mounts, unmount
+from hpcctr.errors import ImageMountFailed
+
+#: linux/loop.h.
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LO_FLAGS_READ_ONLY = 1
+_LO_FLAGS_AUTOCLEAR = 4
+#: struct loop_config: fd, block size, struct loop_info64 (232 bytes: lo_flags at 52, lo_file_name at 56), reserved.
+_LOOP_CONFIG = struct.Struct("=II52xI64s112x64x")
+#: Others may take the free device first; who loses asks again.
+_LOOP_ATTEMPTS = 64
+#: First bytes of a squashfs (fs/squashfs/squashfs_fs.h).
+_SQUASHFS_MAGIC = b"hsqs"
+
+
+@dataclass(kw_only=True)
+class _Mount:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    is_mounted: bool = False
+
+
+class ImageMounts:
+    """The image mounts of one engine, below ``directory`` (root-owned, 0700)."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._mounts: dict[str, _Mount] = {}
+
+    def path(self, name: str) -> str:
+        """Where the mount of that name is."""
+        return os.path.join(self.directory, name)
+
+    def take(self, image: int, *, image_digest: str) -> str:
+        """Mount the file behind the descriptor unless it is, and count one user more; the name of the mount.
+
+        Raises :class:`ImageMountFailed`.
+        """
+        name = _name(image, image_digest)
+        entry = self._counted(name)
+        try:
+            with entry.lock:
+                if not entry.is_mounted:
+                    _mount_image(image, self.path(name), image_digest)
+                    entry.is_mounted = True
+        except BaseException:
+            self.release(name)
+            raise
+        return name
+
+    def adopt(self, name: str) -> None:
+        """Count one user of a mount an earlier engine made. Raises :class:`ImageMountFailed` unless it is there."""
+        entry = self._counted(name)
+        try:
+            with entry.lock:
+                _require_image_mount(self.path(name))
+                entry.is_mounted = True
+        except BaseException:
+            self.release(name)
+            raise
+
+    def release(self, name: str) -> None:
+        """Count one user less; the last one takes the mount down."""
+        with self._lock:
+            entry = self._mounts[name]
+            entry.users -= 1
+        # Whoever comes meanwhile counts itself and waits for this lock, then mounts again.
+        with entry.lock:
+            with self._lock:
+                if entry.users:
+                    return
+            if entry.is_mounted:
+                self._take_down(name)
+                entry.is_mounted = False
+            with self._lock:
+                if not entry.users:
+                    self._mounts.pop(name, None)
+
+    def sweep(self) -> None:
+        """Take down every mount in the directory that has no user."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.directory):
+                # As its last user would: nobody can begin to use it meanwhile.
+                entry = self._counted(name)
+                with entry.lock:
+                    entry.is_mounted = True
+                self.release(name)
+
+    def _counted(self, name: str) -> _Mount:
+        with self._lock:
+            entry = self._mounts.setdefault(name, _Mount())
+            entry.users += 1
+            return entry
+
+    def _take_down(self, name: str) -> None:
+        unmount(self.path(name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path(name))
+
+
+def _name(image: int, image_digest: str) -> str:
+    status = os.fstat(image)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageMountFailed(f"image {image_digest}: what the store opened is not a file", hint="hpcctr doctor")
+    identity = (image_digest, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+
+
+def _mount_image(image: int, target: str, image_digest: str) -> None:
+    try:
+        if os.pread(image, len(_SQUASHFS_MAGIC), 0) != _SQUASHFS_MAGIC:
+            raise ImageMountFailed(
+                f"image {image_digest}: its file is not a squashfs",
+                hint=f"hpcctr rm {image_digest}, then pull it again",
+            )
+        os.makedirs(target, mode=0o700, exist_ok=True)
+        device = _attach_loop(image, image_digest)
+    except OSError as error:
+        raise _failed(image_digest, error) from None
+    try:
+        # The loop device goes with its last user (LO_FLAGS_AUTOCLEAR): this descriptor, then the mount.
+        mount(device.path, target, "squashfs", flags=MS_RDONLY | MS_NOSUID | MS_NODEV)
+        _require_image_mount(target)
+    except OSError as error:
+        raise _failed(image_digest, error) from None
+    except ImageMountFailed:
+        unmount(target)
+        raise
+    finally:
+        os.close(device.descriptor)
+
+
+def _failed(image_digest: str, error: OSError) -> ImageMountFailed:
+    remedy = {
+        errno.ENODEV: "modprobe squashfs loop",
+        errno.ENXIO: "modprobe loop",
+        errno.ENOENT: "modprobe loop",
+        errno.EINVAL: f"the file is damaged: hpcctr rm {image_digest}, then pull it again",
+        errno.EIO: f"the file is damaged: hpcctr rm {image_digest}, then pull it again",
+    }
+    return ImageMountFailed(
+        f"image {image_digest} cannot be mounted: {error.strerror}", hint=remedy.get(error.errno or 0, "dmesg | tail")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    path: str
+    descriptor: int
+
+
+def _attach_loop(image: int, image_digest: str) -> _Loop:
+    config = _LOOP_CONFIG.pack(
+        image, 0, _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR, image_digest.encode("ascii", "replace")[:63]
+    )
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for _ in range(_LOOP_ATTEMPTS):
+            path = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+            device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+            except OSError as error:
+                os.close(device)
+                if error.errno != errno.EBUSY:
+                    raise
+            else:
+                return _Loop(path=path, descriptor=device)
+    finally:
+        os.close(control)
+    raise OSError(errno.EBUSY, "no free loop device")
+
+
+def _require_image_mount(target: str) -> None:
+    """Raise :class:`ImageMountFailed` unless a squashfs is on ``target`` with every restriction."""
+    found = [entry for entry in read_mounts() if entry.target == target]
+    if not found or found[-1].kind != "squashfs" or not {"ro", "nosuid", "nodev"} <= found[-1].options:
+        raise ImageMountFailed(f"{target} is not the restricted squashfs it should be", hint="dmesg | tail")

@@ -1,0 +1,139 @@
+"""The members of node containers: the callers' own processes, watched until they end.
+
+One descriptor a process (a pidfd becomes readable when it has ended, pidfd_open(2)) in one epoll set: nothing wakes up
+while nothing ends. After a restart of the engine, members are found in /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import threading
+from collections.abc import Iterable, Mapping
+
+from hpcctr.engine.mounts import MountEntry, read_mounts
+
+#: linux/nsfs.h.
+_NS_GET_USERNS = 0xB701
+
+
+class Members:
+    """Who is in which container. :meth:`add` is called from any thread, :meth:`wait` from one."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._bell, select.EPOLLIN)
+        self._lock = threading.Lock()
+        #: pidfd → container; container → pids by pidfd.
+        self._container_of: dict[int, str] = {}
+        self._pids: dict[str, dict[int, int]] = {}
+
+    def add(self, container_id: str, *, pid: int, pidfd: int) -> None:
+        """Watch a process. The descriptor is ours from here on; one that has ended is reported like any other."""
+        with self._lock:
+            self._container_of[pidfd] = container_id
+            self._pids.setdefault(container_id, {})[pidfd] = pid
+            self._epoll.register(pidfd, select.EPOLLIN)
+
+    def pids(self, container_id: str) -> tuple[int, ...]:
+        """The members of a container that are not known to have ended."""
+        with self._lock:
+            return tuple(self._pids.get(container_id, {}).values())
+
+    def wait(self, seconds: float | None) -> set[str]:
+        """Containers that lost a member; empty after ``seconds`` (None: never) or when :meth:`ring` was called."""
+        lost = set()
+        for descriptor, _ in self._epoll.poll(seconds):
+            if descriptor == self._bell:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._bell)
+                continue
+            with self._lock:
+                container_id = self._container_of.pop(descriptor)
+                pids = self._pids[container_id]
+                del pids[descriptor]
+                if not pids:
+                    del self._pids[container_id]
+                self._epoll.unregister(descriptor)
+                os.close(descriptor)
+            lost.add(container_id)
+        return lost
+
+    def ring(self) -> None:
+        """Make :meth:`wait` return."""
+        os.eventfd_write(self._bell, 1)
+
+    def close(self) -> None:
+        """Stop watching. :meth:`wait` must have returned for the last time."""
+        with self._lock:
+            for descriptor in (*self._container_of, self._bell):
+                os.close(descriptor)
+            self._container_of.clear()
+            self._pids.clear()
+            self._epoll.close()
+
+
+def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """Living processes by the upper layer of their root: upper layer, pid and a pidfd that the caller closes.
+
+    ``upper_uids`` says which upper layers matter and whose they are. Only mount namespaces of the engine's own user
+    namespace are looked at: users can make others, with mount tables that say anything and have any length.
+    """
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        pid = int(name)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            if _is_in_a_view(pid):
+                upper = root_upper(pid)
+                if upper is not None and upper_uids.get(upper) == _real_uid(pid):
+                    found.append((upper, pid, pidfd))
+                    continue
+        os.close(pidfd)
+    return found
+
+
+def _is_in_a_view(pid: int) -> bool:
+    """Whether a process is in a mount namespace that is not the engine's but that only root can have made."""
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return not os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/mnt")) and is_roots(namespace)
+    finally:
+        os.close(namespace)
+
+
+def is_roots(namespace: int) -> bool:
+    """Whether a namespace belongs to the engine's own user namespace: only root can have made it (ioctl_nsfs(2))."""
+    owner = fcntl.ioctl(namespace, _NS_GET_USERNS)
+    try:
+        return os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user"))
+    finally:
+        os.close(owner)
+
+
+def root_upper(pid: int) -> str | None:
+    """The upper layer of the overlay that is a process's root; None when its root is none. Raises OSError."""
+    return upper_in(read_mounts(pid))
+
+
+def upper_in(entries: Iterable[MountEntry]) -> str | None:
+    """The upper layer of the overlay that is the root of a mount table; None when the root is something else."""
+    for entry in entries:
+        if entry.target == "/" and entry.kind == "overlay":
+            for option in entry.super_options:
+                if option.startswith("upperdir="):
+                    return option.removeprefix("upperdir=")
+    return None
+
+
+def _real_uid(pid: int) -> int:
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))

@@ -1,0 +1,124 @@
+"""Mounting as the kernel has it: mount(2), umount2(2), openat2(2) and the mount table.
+
+Every path given to these functions is one of the engine's own state directory; none comes from a user or an image. What
+does come from them, the names inside an image, goes through :func:`open_beneath` alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from dataclasses import dataclass
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+_MNT_DETACH = 0x2
+_UMOUNT_NOFOLLOW = 0x8
+#: The same number on every architecture: system calls added since Linux 5.1 are numbered alike.
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_IN_ROOT = 0x10
+_RESOLVE = _RESOLVE_IN_ROOT | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.mount.restype = ctypes.c_int
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.umount2.restype = ctypes.c_int
+_libc.syscall.restype = ctypes.c_long
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how of linux/openat2.h."""
+
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]  # noqa: RUF012
+
+
+def mount(source: str, target: str, kind: str, *, flags: int, data: str = "") -> None:
+    """mount(2) of a new filesystem. Raises OSError."""
+    if _libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, data.encode()) != 0:
+        _raise(target)
+
+
+def unmount(target: str) -> None:
+    """Take the topmost mount off ``target``, at once or, when something uses it, as soon as nothing does.
+
+    A directory that carries no mount, or does not exist, is fine. Raises OSError for anything else.
+    """
+    for flags in (_UMOUNT_NOFOLLOW, _UMOUNT_NOFOLLOW | _MNT_DETACH):
+        if _libc.umount2(os.fsencode(target), flags) == 0:
+            return
+        if ctypes.get_errno() != errno.EBUSY:
+            break
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
+        _raise(target)
+
+
+def open_beneath(directory: int, untrusted_name: bytes) -> int:
+    """An O_PATH descriptor of ``untrusted_name`` below ``directory``, on the same mount and through no symbolic link.
+
+    Raises OSError: ELOOP for a link, EXDEV for a mount, ENOENT for nothing, ENOTDIR for a file on the way.
+    """
+    how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE)
+    descriptor = _libc.syscall(
+        ctypes.c_long(_SYS_OPENAT2),
+        ctypes.c_int(directory),
+        ctypes.c_char_p(untrusted_name),
+        ctypes.byref(how),
+        ctypes.c_size_t(ctypes.sizeof(how)),
+    )
+    if descriptor < 0:
+        _raise(os.fsdecode(untrusted_name))
+    return int(descriptor)
+
+
+def _raise(path: str) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountEntry:
+    """One line of mountinfo (proc(5))."""
+
+    target: str
+    #: Flags of the mount, ``ro``, ``nosuid``, …, and of the filesystem with its own options.
+    options: frozenset[str]
+    super_options: tuple[str, ...]
+    #: ``shared:N``, ``master:N``, …
+    propagation: tuple[str, ...]
+    kind: str
+    source: str
+
+
+def read_mounts(process: int | str = "self") -> list[MountEntry]:
+    """The mount table a process sees, in the kernel's order. Raises OSError when the process has ended."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        # One line per "\n": names may hold any other character that str.splitlines() takes for an end.
+        return [_entry(line) for line in file.read().split("\n") if line]
+
+
+def _entry(line: str) -> MountEntry:
+    before, _, after = line.partition(" - ")
+    fields = before.split(" ")
+    # An empty source leaves two spaces in a row, so the parts are counted and not collected.
+    kind, source, super_options = after.split(" ", 2)
+    return MountEntry(
+        target=_plain(fields[4]),
+        options=frozenset(fields[5].split(",")),
+        super_options=tuple(super_options.split(",")),
+        propagation=tuple(fields[6:]),
+        kind=kind,
+        source=_plain(source),
+    )
+
+
+def _plain(escaped: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), escaped)

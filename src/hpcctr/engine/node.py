@@ -1,0 +1,251 @@
+"""One node container: how it is built from a grant, checked, and taken down.
+
+    <state>/containers/<container id>/   tmpfs of root's: upper and work of the overlay, the name of the image mount
+    <state>/images/<name>/               the image mount (:mod:`hpcctr.engine.imagemount`)
+    containerd, namespace hpcctr         a record with our labels; a task in state created
+
+The container id is the key with a random part: what is left of an earlier container of the same key is never mistaken
+for this one, by the engine or in the kernel's mount table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hpcctr.containerd.client import Containerd, RootfsMount
+from hpcctr.engine.accounts import generated_etc
+from hpcctr.engine.imagemount import ImageMounts
+from hpcctr.engine.members import is_roots, upper_in
+from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, read_mounts, unmount
+from hpcctr.engine.upper import UpperLayer
+from hpcctr.errors import ContainerdFailed, ContainerNotFound, HpcctrError, TargetImpossible
+from hpcctr.policy.grant import Grant
+from hpcctr.spec.build import build_spec
+from hpcctr.spec.process import ANCHOR
+
+LABEL_KEY = "hpcctr.key"
+LABEL_UID = "hpcctr.uid"
+LABEL_DIGEST = "hpcctr.digest"
+LABEL_OWNER = "hpcctr.owner"
+#: Room of the upper layer: two files of the image's with at most 1 MiB, three of the host's, and mount points.
+_UPPER_DATA = "size=8m,nr_inodes=8192,mode=0700"
+_IMAGE_NAME = "image"
+#: linux/nsfs.h and linux/sched.h.
+_NS_GET_NSTYPE = 0xB703
+_CLONE_NEWNS = 0x20000
+#: Seconds an init may take to die of SIGKILL.
+_KILL_SECONDS = 10.0
+#: Where a runtime mounts something into the container: what the spec says, and nodes below /dev.
+_RUNTIME_TARGETS = ("proc", "dev")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NodeContainer:
+    """A container callers may walk into. Whoever uses ``namespace`` keeps this value: the descriptor closes with it."""
+
+    container_id: str
+    key: str
+    uid: int
+    image_digest: str
+    #: Descriptor of the mount namespace.
+    namespace: int
+    #: Name of its image mount.
+    image_mount: str
+    #: Seconds since the epoch.
+    created: float
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, os.close, self.namespace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeBuilder:
+    """Builds and takes down the node containers of one engine."""
+
+    containerd: Containerd
+    images: ImageMounts
+    #: ``<state>/containers``.
+    directory: str
+    owner: str
+    #: OCI runtime when it is not runc.
+    binary_name: str = ""
+
+    def build(self, grant: Grant, *, image: int, container_id: str) -> NodeContainer:
+        """The container for a grant; ``image`` is a descriptor of its image's file. A failure leaves nothing behind.
+
+        Raises :class:`ImageMountFailed`, :class:`TargetImpossible`, :class:`DeadlinePassed` and what
+        :mod:`hpcctr.containerd.client` names; :class:`HpcctrError` when the node is out of something.
+        """
+        try:
+            return self._build(grant, image, container_id)
+        except OSError as error:
+            raise HpcctrError(
+                f"the node container cannot be built: {error.filename or 'node'}: {error.strerror}",
+                hint="hpcctr doctor",
+            ) from None
+
+    def _build(self, grant: Grant, image: int, container_id: str) -> NodeContainer:
+        digest = grant.image.record.digest
+        etc = generated_etc(grant.caller, grant.image.record)
+        with contextlib.ExitStack() as undo:
+            image_mount = self.images.take(image, image_digest=digest)
+            undo.callback(self.images.release, image_mount)
+            undo.callback(self.take_down_mount, container_id)
+            self._make_upper(container_id, image_mount, grant, etc)
+            undo.callback(self._undo_in_containerd, container_id)
+            self.containerd.create_container(
+                container_id,
+                labels={
+                    LABEL_KEY: grant.key,
+                    LABEL_UID: str(grant.caller.uid),
+                    LABEL_DIGEST: digest,
+                    LABEL_OWNER: self.owner,
+                },
+                spec=build_spec(grant, container_id=container_id),
+                binary_name=self.binary_name,
+            )
+            pid = self.containerd.create_task(container_id, rootfs=[self._rootfs(container_id, image_mount)])
+            namespace = self.open_namespace(container_id, pid)
+            undo.pop_all()
+        return NodeContainer(
+            container_id=container_id,
+            key=grant.key,
+            uid=grant.caller.uid,
+            image_digest=digest,
+            namespace=namespace,
+            image_mount=image_mount,
+            created=time.time(),
+        )
+
+    def upper(self, container_id: str) -> str:
+        """The upper layer's directory, as the kernel's mount table shows it too."""
+        return os.path.join(self.directory, container_id, "upper")
+
+    def image_mount_of(self, container_id: str) -> str:
+        """The name of the image mount an earlier engine built the container on. Raises OSError."""
+        with open(os.path.join(self.directory, container_id, _IMAGE_NAME), encoding="ascii") as file:
+            return file.read()
+
+    def open_namespace(self, container_id: str, pid: int) -> int:
+        """The mount namespace of the init, once it is certain to be the one just built.
+
+        The init belongs to the user, who may kill it and have another process get its number, in a namespace that looks
+        the same from within. So the namespace must be one only root can have made (it belongs to the engine's own user
+        namespace), and its root the upper layer with this container's random name. Raises :class:`ContainerdFailed`.
+        """
+        try:
+            namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            raise _unlike(container_id, "its init has ended") from None
+        try:
+            self._require_ours(container_id, pid, namespace)
+        except OSError:
+            os.close(namespace)
+            raise _unlike(container_id, "its init has ended") from None
+        except BaseException:
+            os.close(namespace)
+            raise
+        return namespace
+
+    def _require_ours(self, container_id: str, pid: int, namespace: int) -> None:
+        if fcntl.ioctl(namespace, _NS_GET_NSTYPE) != _CLONE_NEWNS:
+            raise _unlike(container_id, "not a mount namespace")
+        if not is_roots(namespace):
+            raise _unlike(container_id, "its namespace is not root's")
+        identity = os.fstat(namespace)
+        if os.path.samestat(identity, os.stat("/proc/self/ns/mnt")):
+            raise _unlike(container_id, "its namespace is the node's own")
+        entries = read_mounts(pid)
+        if upper_in(entries) != self.upper(container_id):
+            raise _unlike(container_id, "its root is not the overlay that was built for it")
+        for entry in entries:
+            if entry.target == "/" and "ro" not in entry.options:
+                raise _unlike(container_id, "its root is writable")
+            if any(tag.startswith("shared:") for tag in entry.propagation):
+                raise _unlike(container_id, f"{entry.target} is shared with other namespaces")
+            if entry.target != "/" and entry.target.split("/")[1] not in _RUNTIME_TARGETS:
+                raise _unlike(container_id, f"something is mounted on {entry.target}")
+        # What was read is about the process that has this number now.
+        if not os.path.samestat(identity, os.stat(f"/proc/{pid}/ns/mnt")):
+            raise _unlike(container_id, "its init has been replaced")
+
+    def take_down_in_containerd(self, container_id: str) -> None:
+        """Remove task and record; what is not there is fine. Raises :class:`HpcctrError` when some of it stays."""
+        with contextlib.suppress(ContainerdFailed):
+            self.containerd.kill_task(container_id)
+            self.containerd.wait_for_task(container_id, seconds=_KILL_SECONDS)
+        # The record goes last: without it containerd no longer finds the task.
+        with contextlib.suppress(ContainerNotFound):
+            self.containerd.delete_task(container_id)
+        with contextlib.suppress(ContainerNotFound):
+            self.containerd.delete_container(container_id)
+
+    def take_down_mount(self, container_id: str) -> None:
+        """Remove the upper layer; what is not there is fine."""
+        place = os.path.join(self.directory, container_id)
+        unmount(place)
+        with contextlib.suppress(OSError):
+            os.rmdir(place)
+
+    def _make_upper(self, container_id: str, image_mount: str, grant: Grant, etc: dict[str, bytes]) -> None:
+        place = os.path.join(self.directory, container_id)
+        os.makedirs(place, mode=0o700)
+        mount("hpcctr", place, "tmpfs", flags=MS_NOSUID | MS_NODEV | MS_NOEXEC, data=_UPPER_DATA)
+        with open(os.path.join(place, _IMAGE_NAME), "x", encoding="ascii") as file:
+            file.write(image_mount)
+        os.mkdir(os.path.join(place, "work"), 0o700)
+        os.mkdir(self.upper(container_id))
+        # The root directory of the container, whatever the engine's umask is.
+        os.chmod(self.upper(container_id), 0o755)  # noqa: S103
+        with _directory(self.images.path(image_mount)) as lower, _directory(self.upper(container_id)) as upper:
+            try:
+                UpperLayer(image=lower, upper=upper).make(targets=grant.targets, etc=etc, anchor=ANCHOR)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise TargetImpossible(
+                    "the mount targets need more directories than a node container has room for",
+                    hint="use fewer or less deep targets: -v SRC:DST",
+                ) from None
+
+    def _rootfs(self, container_id: str, image_mount: str) -> RootfsMount:
+        return RootfsMount(
+            kind="overlay",
+            source="overlay",
+            options=(
+                f"lowerdir={self.images.path(image_mount)}",
+                f"upperdir={self.upper(container_id)}",
+                f"workdir={os.path.join(self.directory, container_id, 'work')}",
+                # Features by which attributes of the image's files could steer the overlay; a node may have them on.
+                "redirect_dir=nofollow",
+                "metacopy=off",
+            ),
+        )
+
+    def _undo_in_containerd(self, container_id: str) -> None:
+        # The first error is the one to tell; what stays behind now is found by its label later.
+        with contextlib.suppress(HpcctrError):
+            self.take_down_in_containerd(container_id)
+
+
+@contextlib.contextmanager
+def _directory(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _unlike(container_id: str, reason: str) -> ContainerdFailed:
+    return ContainerdFailed(
+        f"node container {container_id} is not what was asked for: {reason}",
+        hint="try again; then journalctl -u containerd",
+    )

@@ -1,0 +1,357 @@
+"""The node containers of one engine: found or built, kept while they have members, removed after a linger.
+
+Whatever the engine makes carries its name, the owner: an engine that starts finds what an earlier one of the same owner
+left, takes over what is still in use, and removes the rest. Engines are told apart by a lock on their state directory,
+which the kernel gives back when an engine dies in whatever way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from hpcctr.containerd.client import Containerd, ContainerEntry, TaskState
+from hpcctr.context import Caller
+from hpcctr.engine.imagemount import ImageMounts
+from hpcctr.engine.members import Members, members_in_proc
+from hpcctr.engine.node import LABEL_DIGEST, LABEL_KEY, LABEL_OWNER, LABEL_UID, NodeBuilder, NodeContainer
+from hpcctr.engine.state import StateDirectory, dead_siblings, unmount_all
+from hpcctr.errors import DeadlinePassed, EngineBusy, HpcctrError
+from hpcctr.policy.grant import Grant
+from hpcctr.site import Site
+
+_CONTAINER_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
+#: Seconds somebody waits for a container another caller is building; longer than all deadlines of building together.
+_BUILD_SECONDS = 180.0
+#: Seconds until what could not be removed is tried again.
+_RETRY_SECONDS = 30.0
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """The place of one key: being built, then the container. Everything but ``ready`` is under the engine's lock."""
+
+    uid: int
+    container_id: str
+    ready: Future[NodeContainer] = field(default_factory=Future)
+    container: NodeContainer | None = None
+    #: time.monotonic() since when it has had no member; None while it has one.
+    idle_since: float | None = None
+
+
+class NodeContainers:
+    """All node containers of an engine; every method may be called from any thread."""
+
+    def __init__(self, *, site: Site, containerd: Containerd, state: str, owner: str) -> None:
+        self._site = site
+        self._state = StateDirectory(state)
+        self._containerd = containerd
+        self._owner = owner
+        self._images = ImageMounts(self._state.images)
+        self._builder = NodeBuilder(
+            containerd=containerd,
+            images=self._images,
+            directory=self._state.containers,
+            owner=owner,
+            binary_name="" if site.runtime == "runc" else site.runtime,
+        )
+        self._members = Members()
+        self._lock = threading.Lock()
+        self._slots: dict[str, _Slot] = {}
+        #: Containers on their way out: in no slot any more, and not yet anybody else's to remove.
+        self._leaving: set[str] = set()
+        self._retry_at: float | None = None
+        self._is_closing = False
+        self._adopting = threading.Lock()
+        self._watcher: threading.Thread | None = None
+
+    def adopt(self) -> None:
+        """Take over or remove what an earlier engine of this owner left, and what dead direct engines left.
+
+        Raises :class:`ContainerdUnavailable` and the like; then :meth:`get` tries again before it does anything.
+        """
+        with self._adopting:
+            if self._watcher is not None:
+                return
+            self._state.claim()
+            self._clear_after_direct_engines()
+            entries = self._containerd.list_containers(label=LABEL_OWNER, value=self._owner)
+            self._take_over(sorted(entries, key=lambda entry: entry.created, reverse=True))
+            self._sweep()
+            self._watcher = threading.Thread(target=self._watch, name="node-containers", daemon=True)
+            self._watcher.start()
+
+    def get(self, grant: Grant, *, open_image: Callable[[], int]) -> NodeContainer:
+        """The container for a grant, found, or built by exactly one of those who ask for it.
+
+        ``open_image`` gives a descriptor of the image file, checked by the store and closed here. Raises what building
+        raises (:meth:`NodeBuilder.build`) and :class:`EngineBusy` when the caller has too many containers in use.
+        """
+        self.adopt()
+        key = grant.key
+        with self._lock:
+            slot = self._slots.get(key)
+            if slot is not None and slot.container is not None:
+                if slot.idle_since is not None:
+                    slot.idle_since = time.monotonic()
+                return slot.container
+            is_builder = slot is None
+            if slot is None:
+                evicted = self._make_room(grant.caller.uid)
+                slot = _Slot(uid=grant.caller.uid, container_id=f"{key}-{secrets.token_hex(4)}")
+                self._slots[key] = slot
+        if not is_builder:
+            return _result_of_another(slot.ready)
+        if evicted is not None:
+            self._remove(evicted)
+        return self._build(grant, slot, open_image)
+
+    def join(self, container: NodeContainer, caller: Caller) -> None:
+        """Keep a container while ``caller`` lives. The caller's pidfd stays the caller's."""
+        with self._lock:
+            slot = self._slots.get(container.key)
+            if slot is None or slot.container is not container:
+                # Removed between get and join: who is inside keeps what it sees, and nothing else is left to keep.
+                return
+            try:
+                pidfd = os.dup(caller.pidfd)
+            except OSError as error:
+                raise EngineBusy(
+                    f"the engine cannot watch another process: {error.strerror}", hint="try again"
+                ) from None
+            self._members.add(container.container_id, pid=caller.pid, pidfd=pidfd)
+            slot.idle_since = None
+
+    def listing(self) -> list[tuple[NodeContainer, tuple[int, ...]]]:
+        """The containers and the pids of their members."""
+        with self._lock:
+            containers = [slot.container for slot in self._slots.values() if slot.container is not None]
+        return [(container, self._members.pids(container.container_id)) for container in containers]
+
+    def close(self, *, remove: bool) -> None:
+        """End the engine's work: remove all containers, or with ``remove`` False those without members."""
+        with self._lock:
+            self._is_closing = True
+            leaving = [
+                slot
+                for slot in self._slots.values()
+                if slot.container is not None and (remove or slot.idle_since is not None)
+            ]
+            for slot in leaving:
+                self._leave(slot)
+        if self._watcher is not None:
+            self._members.ring()
+            self._watcher.join()
+            for slot in leaving:
+                self._remove(slot)
+        if remove:
+            self._state.remove()
+        self._members.close()
+        self._state.release()
+
+    # building
+
+    def _build(self, grant: Grant, slot: _Slot, open_image: Callable[[], int]) -> NodeContainer:
+        try:
+            image = open_image()
+            try:
+                container = self._builder.build(grant, image=image, container_id=slot.container_id)
+            finally:
+                os.close(image)
+        except BaseException as error:
+            with self._lock:
+                del self._slots[grant.key]
+            # Something of it may have been left in containerd.
+            self._retry_later()
+            self._members.ring()
+            slot.ready.set_exception(error)
+            raise
+        with self._lock:
+            slot.container = container
+            slot.idle_since = time.monotonic()
+        slot.ready.set_result(container)
+        self._members.ring()
+        return container
+
+    def _make_room(self, uid: int) -> _Slot | None:
+        """Under the lock: the idle container to remove so that ``uid`` may have one more; None when there is room."""
+        limit = self._site.limits.containers_per_uid
+        theirs = [slot for slot in self._slots.values() if slot.uid == uid]
+        if len(theirs) < limit:
+            return None
+        idle = [slot for slot in theirs if slot.container is not None and slot.idle_since is not None]
+        if not idle:
+            raise EngineBusy(
+                f"uid {uid} has {limit} node containers in use, the limit of this node",
+                hint="use the same image and -v targets in all programs, or raise containers-per-uid in site.toml",
+            )
+        oldest = min(idle, key=lambda slot: slot.idle_since or 0.0)
+        self._leave(oldest)
+        return oldest
+
+    # watching and removing
+
+    def _watch(self) -> None:
+        while True:
+            lost = self._members.wait(self._seconds_to_sleep())
+            now = time.monotonic()
+            expired = []
+            with self._lock:
+                if self._is_closing:
+                    return
+                for slot in list(self._slots.values()):
+                    if slot.container_id in lost and not self._members.pids(slot.container_id):
+                        slot.idle_since = now
+                    if slot.idle_since is not None and slot.idle_since + self._site.linger_seconds <= now:
+                        self._leave(slot)
+                        expired.append(slot)
+                is_retry = self._retry_at is not None and self._retry_at <= now
+                if is_retry:
+                    self._retry_at = None
+            for slot in expired:
+                self._remove(slot)
+            if is_retry:
+                try:
+                    self._sweep()
+                except (HpcctrError, OSError):
+                    self._retry_later()
+
+    def _seconds_to_sleep(self) -> float | None:
+        with self._lock:
+            moments = [
+                slot.idle_since + self._site.linger_seconds
+                for slot in self._slots.values()
+                if slot.idle_since is not None
+            ]
+            if self._retry_at is not None:
+                moments.append(self._retry_at)
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _leave(self, slot: _Slot) -> None:
+        """Under the lock: nobody finds the container any more."""
+        assert slot.container is not None  # noqa: S101
+        del self._slots[slot.container.key]
+        self._leaving.add(slot.container_id)
+
+    def _remove(self, slot: _Slot) -> None:
+        assert slot.container is not None  # noqa: S101
+        try:
+            self._builder.take_down_in_containerd(slot.container_id)
+        except HpcctrError:
+            self._retry_later()
+        finally:
+            try:
+                self._builder.take_down_mount(slot.container_id)
+                self._images.release(slot.container.image_mount)
+            except OSError as error:
+                print(f"hpcctr-engine: {slot.container_id}: cannot be unmounted: {error}", file=sys.stderr, flush=True)
+                self._retry_later()
+            with self._lock:
+                self._leaving.discard(slot.container_id)
+
+    def _retry_later(self) -> None:
+        with self._lock:
+            if self._retry_at is None:
+                self._retry_at = time.monotonic() + _RETRY_SECONDS
+
+    def _sweep(self) -> None:
+        """Remove everything of this owner that is in no slot."""
+        entries = self._containerd.list_containers(label=LABEL_OWNER, value=self._owner)
+        for entry in entries:
+            if not self._is_known(entry.container_id):
+                self._builder.take_down_in_containerd(entry.container_id)
+        for name in os.listdir(self._state.containers):
+            if not self._is_known(name):
+                self._builder.take_down_mount(name)
+        self._images.sweep()
+
+    def _is_known(self, container_id: str) -> bool:
+        with self._lock:
+            return container_id in self._leaving or any(
+                slot.container_id == container_id for slot in self._slots.values()
+            )
+
+    # after another engine
+
+    def _take_over(self, entries: list[ContainerEntry]) -> None:
+        """Make slots of the containers that have living members and can be entered, the newest of each key."""
+        plausible = [
+            entry
+            for entry in entries
+            if _CONTAINER_ID.fullmatch(entry.container_id)
+            and entry.container_id.startswith(entry.labels.get(LABEL_KEY, "?") + "-")
+            and entry.labels.get(LABEL_UID, "").isdecimal()
+            and not self._is_known(entry.container_id)
+        ]
+        tasks = {entry.container_id: self._containerd.find_task(entry.container_id) for entry in plausible}
+        uppers = {self._builder.upper(entry.container_id): entry for entry in plausible}
+        if not uppers:
+            return
+        # From here on nothing outside is asked: a failure would leave half of it done.
+        found = members_in_proc({upper: int(entry.labels[LABEL_UID]) for upper, entry in uppers.items()})
+        populated = {uppers[upper].container_id for upper, _, _ in found}
+        for entry in plausible:
+            if entry.container_id in populated and entry.labels[LABEL_KEY] not in self._slots:
+                container = self._enterable(entry, tasks[entry.container_id])
+                if container is not None:
+                    slot = _Slot(uid=container.uid, container_id=container.container_id, container=container)
+                    slot.ready.set_result(container)
+                    self._slots[container.key] = slot
+        for upper, pid, pidfd in found:
+            container_id = uppers[upper].container_id
+            if self._is_known(container_id):
+                self._members.add(container_id, pid=pid, pidfd=pidfd)
+            else:
+                os.close(pidfd)
+
+    def _enterable(self, entry: ContainerEntry, task: TaskState | None) -> NodeContainer | None:
+        """The container of a record, when its namespace can still be had; a dead anchor means building anew."""
+        if task is None or not task.is_created:
+            return None
+        with contextlib.suppress(HpcctrError, OSError):
+            image_mount = self._builder.image_mount_of(entry.container_id)
+            namespace = self._builder.open_namespace(entry.container_id, task.pid)
+            container = NodeContainer(
+                container_id=entry.container_id,
+                key=entry.labels[LABEL_KEY],
+                uid=int(entry.labels[LABEL_UID]),
+                image_digest=entry.labels.get(LABEL_DIGEST, ""),
+                namespace=namespace,
+                image_mount=image_mount,
+                created=entry.created,
+            )
+            self._images.adopt(image_mount)
+            return container
+        return None
+
+    def _clear_after_direct_engines(self) -> None:
+        """Remove what direct engines that were killed left: those whose state directory nobody has locked, or has gone."""
+        for path, owner in dead_siblings(self._state):
+            for entry in self._containerd.list_containers(label=LABEL_OWNER, value=owner):
+                self._builder.take_down_in_containerd(entry.container_id)
+            unmount_all(path)
+        # Records outlive a reboot, the directory does not. A living engine has its directory before its first record.
+        for entry in self._containerd.list_containers(label=LABEL_OWNER):
+            owner = entry.labels[LABEL_OWNER]
+            if owner != self._owner and self._state.is_gone(owner):
+                self._builder.take_down_in_containerd(entry.container_id)
+
+
+def _result_of_another(ready: Future[NodeContainer]) -> NodeContainer:
+    try:
+        return ready.result(_BUILD_SECONDS)
+    except TimeoutError:
+        raise DeadlinePassed(
+            f"the node container was not built within {_BUILD_SECONDS:.0f} s", hint="journalctl -u hpcctr-engine"
+        ) from None
+    except HpcctrError as error:
+        # Each thread raises an error of its own: a traceback grows on the object.
+        raise type(error)(error.message, hint=error.hint) from None

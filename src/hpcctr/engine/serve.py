@@ -1,0 +1,150 @@
+"""The gateway: root, resident, one listening socket, a thread a session.
+
+Started by systemd socket activation (sd_listen_fds(3)) or in the foreground; then it makes the socket itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+from collections import Counter
+from types import FrameType
+
+from hpcctr.containerd import Containerd
+from hpcctr.context import Caller
+from hpcctr.engine import session
+from hpcctr.engine.nodes import NodeContainers
+from hpcctr.errors import EngineBusy, EnterUnusable, HpcctrError, StoreUnusable
+from hpcctr.site import Site
+
+#: enter is compiled for this name and accepts no other.
+SOCKET_PATH = "/run/hpcctr/engine.sock"
+RUN_DIRECTORY = "/run/hpcctr"
+STATE_DIRECTORY = "/run/hpcctr/state"
+_LISTEN_FDS_START = 3
+_BACKLOG = 1024
+
+
+class Gateway:
+    """Accepts, counts and serves."""
+
+    def __init__(self, site: Site, nodes: NodeContainers) -> None:
+        self._door = session.Door(site=site, nodes=nodes, is_gateway=True)
+        self._lock = threading.Lock()
+        self._sessions: Counter[int] = Counter()
+
+    def accept(self, listener: socket.socket) -> None:
+        """Serve until the listener is closed or shut down."""
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        with peer:
+            try:
+                caller = Caller.of_peer(peer)
+            except (HpcctrError, OSError):
+                return
+            try:
+                self._enter_session(caller.uid)
+            except EngineBusy as error:
+                session.refuse(peer, caller, error)
+                os.close(caller.pidfd)
+                return
+            try:
+                session.serve(self._door, peer, caller)
+            finally:
+                self._leave_session(caller.uid)
+                os.close(caller.pidfd)
+
+    def _enter_session(self, uid: int) -> None:
+        limits = self._door.site.limits
+        with self._lock:
+            if self._sessions[uid] >= limits.sessions_per_uid or self._sessions.total() >= limits.sessions:
+                raise EngineBusy(
+                    f"{self._sessions.total()} launches are under way on this node, {self._sessions[uid]} of them yours",
+                    hint="try again; the limits are [limits] of the site file",
+                )
+            self._sessions[uid] += 1
+
+    def _leave_session(self, uid: int) -> None:
+        with self._lock:
+            self._sessions[uid] -= 1
+            if not self._sessions[uid]:
+                del self._sessions[uid]
+
+
+def serve(site: Site) -> int:
+    """Run the gateway until SIGTERM or SIGINT; the exit status. Raises :class:`HpcctrError` when it cannot start."""
+    if os.getuid() != 0:
+        raise EnterUnusable(
+            "the engine runs as root", hint="sudo hpcctr engine serve, or systemctl start hpcctr-engine.socket"
+        )
+    os.umask(0o022)
+    os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"  # noqa: TID251
+    make_run_directory()
+    nodes = NodeContainers(
+        site=site, containerd=Containerd(site.containerd.socket), state=STATE_DIRECTORY, owner="gateway"
+    )
+    nodes.adopt()
+    listener = inherited_listener() or own_listener(SOCKET_PATH)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        # shutdown() wakes accept(); close() alone would leave it waiting.
+        listener.shutdown(socket.SHUT_RDWR)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    print(f"hpcctr-engine: listening on {SOCKET_PATH}, store {site.store}", file=sys.stderr, flush=True)
+    Gateway(site, nodes).accept(listener)
+    listener.close()
+    nodes.close(remove=False)
+    return 0
+
+
+def make_run_directory() -> None:
+    """/run/hpcctr (0755) with the engine's own 0700 state below: root's, or the engine does not start."""
+    for path, mode in ((RUN_DIRECTORY, 0o755), (STATE_DIRECTORY, 0o700)):
+        try:
+            os.mkdir(path, mode)
+        except FileExistsError:
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o777 & ~mode:
+                raise StoreUnusable(
+                    f"{path} is not a directory of root's with mode {mode:o}",
+                    hint=f"look at it and remove it: ls -ld {path}",
+                ) from None
+
+
+def inherited_listener() -> socket.socket | None:
+    """The listening socket systemd passes, when there is one: sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":  # noqa: TID251
+        return None
+    os.set_inheritable(_LISTEN_FDS_START, False)
+    return socket.socket(fileno=_LISTEN_FDS_START)
+
+
+def own_listener(path: str) -> socket.socket:
+    """A new listening socket at ``path``, for everybody to connect to. A dead one in its place is removed."""
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            pass
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise EngineBusy(f"an engine listens on {path} already", hint="stop it first")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    os.chmod(path, 0o666)
+    listener.listen(_BACKLOG)
+    return listener

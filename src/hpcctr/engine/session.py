@@ -1,0 +1,178 @@
+"""One launch, seen from the engine: a request in, a grant out, a namespace to enter and to nobody else.
+
+The same code serves the gateway (:mod:`hpcctr.engine.serve`, ordinary users) and a session in root's own command
+(:mod:`hpcctr.cli.direct`). What differs is how the caller is known: :class:`Door`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from dataclasses import dataclass
+
+from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
+from hpcctr.engine.nodes import NodeContainer, NodeContainers
+from hpcctr.errors import CallerRefused, EnterUnusable, HpcctrError, ProtocolBroken
+from hpcctr.launch import build, prepare
+from hpcctr.policy.grant import Grant
+from hpcctr.request import LaunchRequest
+from hpcctr.site import Site
+from hpcctr.wire import FRAME_MAX, Frame
+
+#: Seconds for a connected client to send its request, and for enter to open the caller's directories (automounts) and ask.
+REQUEST_PATIENCE = 10.0
+ENTER_PATIENCE = 120.0
+_ENTER_BYTE = b"E"
+_UCRED = struct.Struct("iII")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """One engine: its site, its containers, and who may come in through it."""
+
+    site: Site
+    nodes: NodeContainers
+    #: True for the gateway: the caller is whoever connected, an ordinary user. False: our own child, root.
+    is_gateway: bool
+
+
+def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
+    """Serve one session to its end. Every :class:`HpcctrError` is answered to the peer; none leaves this function."""
+    try:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        peer.settimeout(REQUEST_PATIENCE)
+        request = LaunchRequest.of_frame(_receive_request(peer))
+        if door.is_gateway:
+            caller.require_gateway_caller()
+        grant = prepare(request, caller, door.site)
+        enter = _enter_of(door.site)
+        if request.explain:
+            peer.sendall(_reply(grant, door.site).pack())
+            audit("explained", caller, grant)
+            return
+        container = build(grant, door.site, door.nodes)
+        peer.sendall(_reply(grant, door.site).pack())
+    except HpcctrError as error:
+        refuse(peer, caller, error)
+        return
+    except OSError:
+        # Gone, or too slow to say what it wants: there is nobody to answer.
+        audit("left", caller)
+        return
+    _hand_over(door, peer, caller, grant, container, enter)
+
+
+def refuse(peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
+    """Answer a request with an error."""
+    audit("refused", caller, error=error)
+    _try_to_send(peer, _error_frame(error).pack())
+
+
+def _hand_over(
+    door: Door, peer: socket.socket, caller: Caller, grant: Grant, container: NodeContainer, enter: os.stat_result
+) -> None:
+    """Reply 2: the namespace, once the caller has become enter and has asked for it."""
+    try:
+        peer.settimeout(ENTER_PATIENCE)
+        _require_enter_asks(peer, caller)
+        if door.is_gateway:
+            caller.require_gateway_caller()
+        caller.require_enter(enter, permitted=CAP_SYS_ADMIN | CAP_SYS_CHROOT)
+        door.nodes.join(container, caller)
+        socket.send_fds(peer, [b"\0"], [container.namespace])
+        audit("granted", caller, grant)
+    except HpcctrError as error:
+        audit("refused", caller, grant, error=error)
+        _try_to_send(peer, bytes([error.exit_status]) + os.fsencode(error.for_stderr())[:4000])
+    except OSError:
+        audit("left", caller, grant)
+
+
+def _receive_request(peer: socket.socket) -> Frame:
+    """The first packet. Whatever descriptors came with it are closed unseen."""
+    untrusted_packet, descriptors, flags, _ = socket.recv_fds(peer, FRAME_MAX + 1, 8)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if descriptors or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        raise ProtocolBroken("a request with descriptors, or over the limit of a frame")
+    if not untrusted_packet:
+        raise ProtocolBroken("no request")
+    frame = Frame.unpack(untrusted_packet)
+    if frame.verb != LaunchRequest.VERB:
+        raise ProtocolBroken(
+            f"the engine has no verb {frame.verb}", hint="client and engine must be of the same version"
+        )
+    return frame
+
+
+def _require_enter_asks(peer: socket.socket, caller: Caller) -> None:
+    """One byte, sent by the very process that connected: the kernel states the sender (unix(7), SCM_CREDENTIALS)."""
+    data, ancillary, flags, _ = peer.recvmsg(2, socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(4 * 8))
+    sender = None
+    for level, kind, value in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
+                os.close(descriptor)
+            raise ProtocolBroken("enter sends no descriptors")
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            sender = _UCRED.unpack(value)
+    if not data:
+        raise CallerRefused(f"pid {caller.pid} left before it asked for its namespace")
+    if data != _ENTER_BYTE or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        raise ProtocolBroken("enter asks with one byte")
+    if sender is None or sender[:2] != (caller.pid, caller.uid):
+        raise CallerRefused("the namespace was asked for by another process than the one that connected")
+
+
+def _enter_of(site: Site) -> os.stat_result:
+    """Identity of the installed enter. Raises :class:`EnterUnusable` when it is missing."""
+    try:
+        return os.stat(site.enter, follow_symlinks=False)
+    except OSError as error:
+        raise EnterUnusable(
+            f"{site.enter}: {error.strerror}", hint="an administrator runs: hpcctr engine install"
+        ) from None
+
+
+def _reply(grant: Grant, site: Site) -> Frame:
+    """Reply 1. What the image says of the launcher (USER, labels, working directory) is not part of it."""
+    config = grant.image.record.config
+    fields = [
+        ("digest", grant.image.record.digest),
+        ("name", grant.image.name),
+        ("rule", grant.rule),
+        ("enter", site.enter),
+        *(("env", entry) for entry in config.env),
+        *(("entrypoint", word) for word in config.entrypoint),
+        *(("command", word) for word in config.cmd),
+        *(("carry", path) for path in site.carry),
+        *(("host-env", f"{edit.name}={edit.value}") for edit in grant.edits.env),
+        *(("host-glob", glob) for glob in site.env_of_the_host),
+    ]
+    return Frame("granted", [(key, value.encode(errors="surrogateescape")) for key, value in fields])
+
+
+def _error_frame(error: HpcctrError) -> Frame:
+    texts = (("slug", error.slug), ("message", error.message), ("hint", error.hint))
+    return Frame("error", [(key, text.replace("\0", "?").encode(errors="replace")[:4000]) for key, text in texts])
+
+
+def _try_to_send(peer: socket.socket, packet: bytes) -> None:
+    try:
+        peer.sendall(packet)
+    except OSError:
+        pass  # the caller has gone; the audit line is written
+
+
+def audit(outcome: str, caller: Caller, grant: Grant | None = None, *, error: HpcctrError | None = None) -> None:
+    """One line per decision on stderr (the journal). Words that a request could influence are quoted."""
+    words = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}"]
+    if grant is not None:
+        words.append(
+            f"image={grant.image.name!r} digest={grant.image.record.digest} container={grant.key} rule={grant.rule!r}"
+        )
+    if error is not None:
+        words.append(f"slug={error.slug} reason={error.message!r}")
+    print(" ".join(words), file=sys.stderr, flush=True)

@@ -1,0 +1,275 @@
+"""Every way hpcctr can fail, as one tree.
+
+A class owns its ``slug`` (stable, greppable, in ``docs/errors.md``) and its exit status; an instance carries the message
+(what, why) and a hint (a command or a file to edit). The same class is raised on either side of the engine's socket: the
+session sends slug, message and hint, the client looks the class up with :func:`of_slug` and raises it again.
+
+Exit statuses before the command has become the process: 125 hpcctr failed, 126 refused or not executable, 127 not found.
+
+This module imports nothing: it is part of every launch.
+"""
+
+from __future__ import annotations
+
+FAILED = 125
+REFUSED = 126
+NOT_FOUND = 127
+
+
+class HpcctrError(Exception):
+    """Something hpcctr can name."""
+
+    slug = "failed"
+    exit_status = FAILED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+    def for_stderr(self) -> str:
+        """The text a user sees, with the newline: ``hpcctr: error[slug]: message`` and, when there is one, the hint."""
+        text = f"hpcctr: error[{self.slug}]: {self.message}\n"
+        return text + (f"hint: {self.hint}\n" if self.hint else "")
+
+
+class UsageWrong(HpcctrError):
+    """The command line asks for something that does not exist or contradicts itself."""
+
+    slug = "usage"
+
+
+class ProtocolBroken(HpcctrError):
+    """The other side of the socket sent something that is not a message of ours."""
+
+    slug = "protocol"
+
+
+class DeadlinePassed(HpcctrError):
+    """Something outside did not answer in the time it had."""
+
+    slug = "deadline"
+
+
+# engine and caller
+
+
+class EngineUnreachable(HpcctrError):
+    """No engine listens on the socket."""
+
+    slug = "no-engine"
+
+
+class EngineBusy(HpcctrError):
+    """The engine's limit of sessions is reached."""
+
+    slug = "engine-busy"
+
+
+class CallerRefused(HpcctrError):
+    """The process that asks cannot be served: who or where it is does not allow it."""
+
+    slug = "caller-refused"
+    exit_status = REFUSED
+
+
+class NoNewPrivileges(CallerRefused):
+    """The caller has no_new_privs set, so enter would get no capability."""
+
+    slug = "no-new-privs"
+
+
+class CallerTraced(CallerRefused):
+    """A debugger traces the caller; the kernel gives a traced program no file capabilities."""
+
+    slug = "traced"
+
+
+class EnterUnusable(HpcctrError):
+    """The installed enter is missing, or has not the owner, mode or capabilities it needs."""
+
+    slug = "enter-unusable"
+
+
+class EnterNotBuilt(HpcctrError):
+    """The program enter cannot be compiled on this machine."""
+
+    slug = "enter-build"
+
+
+class LaunchPlanWrong(HpcctrError):
+    """enter was started with arguments that are not a launch plan."""
+
+    slug = "plan"
+
+
+class ViewUnsafe(HpcctrError):
+    """enter could not make, or not confirm, the view it has to make before the command may start."""
+
+    slug = "view"
+
+
+class CommandNotExecutable(HpcctrError):
+    """The command exists in the image, but the kernel does not run it for this user."""
+
+    slug = "not-executable"
+    exit_status = REFUSED
+
+
+class CommandNotFound(HpcctrError):
+    """No file of the image is the command."""
+
+    slug = "command-not-found"
+    exit_status = NOT_FOUND
+
+
+class PolicyDenied(HpcctrError):
+    """A rule of the site denies the launch."""
+
+    slug = "policy-denied"
+    exit_status = REFUSED
+
+
+class PolicyUnusable(PolicyDenied):
+    """A policy or site file is wrong, unreadable or not root's: everything is denied."""
+
+    slug = "policy-unusable"
+
+
+class SiteFileWrong(HpcctrError):
+    """The site file cannot be used."""
+
+    slug = "site-file"
+
+
+# images and the store
+
+
+class ReferenceWrong(HpcctrError):
+    """An image name that cannot be parsed."""
+
+    slug = "image-name"
+
+
+class ImageNotInStore(HpcctrError):
+    """The store has no image of that name."""
+
+    slug = "image-not-in-store"
+
+
+class NotAnImage(HpcctrError):
+    """What the name leads to is not an OCI or Docker image."""
+
+    slug = "not-an-image"
+
+
+class ImageBroken(HpcctrError):
+    """An image's bytes are not what its digests and formats promise."""
+
+    slug = "image-broken"
+
+
+class PlatformMissing(HpcctrError):
+    """The image does not exist for the wanted platform."""
+
+    slug = "platform"
+
+
+class RegistryFailed(HpcctrError):
+    """A registry refused or could not be reached."""
+
+    slug = "registry"
+
+
+class StoreUnusable(HpcctrError):
+    """The store is missing, not readable, not writable, full, or writable by people it must not be."""
+
+    slug = "store"
+
+
+class ConversionFailed(HpcctrError):
+    """The image file could not be written."""
+
+    slug = "conversion"
+
+
+# containerd and the node container
+
+
+class ContainerdUnavailable(HpcctrError):
+    """containerd does not answer on its socket."""
+
+    slug = "no-containerd"
+
+
+class ContainerdFailed(HpcctrError):
+    """containerd or the OCI runtime refused a call."""
+
+    slug = "containerd"
+
+
+class ContainerNotFound(ContainerdFailed):
+    """containerd has no such container or task."""
+
+    slug = "container-not-found"
+
+
+class ContainerExists(ContainerdFailed):
+    """containerd has a container of that name already."""
+
+    slug = "container-exists"
+
+
+class ImageMountFailed(HpcctrError):
+    """The kernel would not mount the image file."""
+
+    slug = "image-mount"
+
+
+class TargetImpossible(HpcctrError):
+    """A mount target cannot be made in the image."""
+
+    slug = "mount-target"
+    exit_status = REFUSED
+
+
+class SourceMissing(HpcctrError):
+    """A directory or file to carry in cannot be opened by the caller."""
+
+    slug = "mount-source"
+
+
+class WorkingDirectoryMissing(HpcctrError):
+    """The working directory does not exist, or not inside."""
+
+    slug = "cwd"
+
+
+class FeatureUnknown(HpcctrError):
+    """The node has no such device or host feature."""
+
+    slug = "feature"
+
+
+class NoCommand(HpcctrError):
+    """Neither the command line nor the image says what to run."""
+
+    slug = "no-command"
+
+
+def _classes(base: type[HpcctrError]) -> list[type[HpcctrError]]:
+    found = [base]
+    for sub in base.__subclasses__():
+        found += _classes(sub)
+    return found
+
+
+def of_slug(slug: str) -> type[HpcctrError]:
+    """The class that owns a slug; :class:`HpcctrError` itself for one this version does not know."""
+    for cls in _classes(HpcctrError):
+        if cls.slug == slug:
+            return cls
+    return HpcctrError

@@ -1,0 +1,228 @@
+"""Writing the store: new images and names, and taking them away.
+
+Safe on NFS and Lustre: no lock, nothing rewritten in place. A file is written under another name, flushed with its directory,
+and renamed; a reader sees the old or the new one. An image's directory is renamed as a whole, and whoever comes second finds
+it there already: the same digest is the same image, so the first one stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import msgspec
+
+from hpcctr.errors import HpcctrError, ImageNotInStore, StoreUnusable
+from hpcctr.image.imagefile import store_unusable
+from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, StoredImage
+from hpcctr.image.reference import ImageRef, is_digest_or_prefix
+from hpcctr.image.store import IMAGE_FILE, RECORD_FILE, SCHEMA, Store
+
+#: Meanings of a name that are remembered.
+_HISTORY_MAX = 100
+#: Seconds after which an unfinished pull in tmp/ has surely been abandoned.
+_ABANDONED_AFTER = 7 * 24 * 3600
+
+
+def require_writable(path: str) -> None:
+    """Make the store's directories that are missing. Raises :class:`StoreUnusable` when nothing can be written there."""
+    for directory, mode in ((path, 0o755), (f"{path}/images", 0o755), (f"{path}/names", 0o755), (f"{path}/tmp", 0o700)):
+        try:
+            _make_directories("/", directory, mode)
+        except OSError as error:
+            raise store_unusable(directory, error) from None
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+            raise StoreUnusable(
+                f"store {directory} is not writable for uid {os.geteuid()}", hint="pull as the store's administrator"
+            )
+
+
+@contextlib.contextmanager
+def workspace(store: Store) -> Iterator[str]:
+    """A directory below the store's tmp/ that only this uid can enter, gone afterwards whatever happens."""
+    _drop_abandoned(store)
+    path = f"{store.path}/tmp/{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        os.mkdir(path, 0o700)
+    except OSError as error:
+        raise store_unusable(path, error) from None
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
+    """Put an image into the store. ``image_file`` (in a :func:`workspace`) is moved away; its sizes are in ``record``.
+
+    Returns what the store has then, which is the earlier image when the digest was there already.
+    Raises :class:`StoreUnusable`.
+    """
+    target = store.image_directory(record.digest)
+    made = f"{os.path.dirname(image_file)}/publish"
+    try:
+        os.mkdir(made, 0o700)
+        os.rename(image_file, f"{made}/{IMAGE_FILE}")
+        os.chmod(f"{made}/{IMAGE_FILE}", 0o644)
+        _flush(f"{made}/{IMAGE_FILE}")
+        _write(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
+        os.chmod(made, 0o755)
+        _flush(made)
+        try:
+            os.rename(made, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        _flush(os.path.dirname(target))
+    except OSError as error:
+        raise store_unusable(error.filename or target, error) from None
+    return store.image(record.digest)
+
+
+def set_name(store: Store, named: ImageRef, platform: Platform, digest: str) -> None:
+    """Let ``named`` mean ``digest`` from now on. A name that means it already keeps its record."""
+    earlier = store.name_record(named, platform)
+    if earlier is not None and earlier.history[0].digest == digest:
+        return
+    entry = NameEntry(digest=digest, since=now())
+    history = (entry, *(earlier.history if earlier else ()))[:_HISTORY_MAX]
+    path = store.name_file(named, platform)
+    temporary = f"{store.path}/tmp/name-{os.getpid()}-{secrets.token_hex(8)}"
+    record = NameRecord(schema=SCHEMA, name=str(named), history=history)
+    try:
+        _make_directories(store.path, os.path.dirname(path))
+        _write(temporary, msgspec.json.format(msgspec.json.encode(record), indent=1))
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _flush(os.path.dirname(path))
+    except OSError as error:
+        raise store_unusable(error.filename or path, error) from None
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    """What :func:`remove` took away: names (with their platform in brackets) and digests."""
+
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+    #: Bytes of the image files.
+    freed: int
+
+
+def remove(store: Store, text: str, platform: Platform | None = None) -> Removed:
+    """Take a name away, on ``platform`` or on every one, and its image when no other name means it; or by digest, an image
+    with all its names.
+
+    A program that runs in the image keeps it: the file lives on until it is unmounted.
+    Raises :class:`ImageNotInStore`, :class:`StoreUnusable`.
+    """
+    names = list(store.names())
+    if text.startswith("sha256:") and is_digest_or_prefix(text):
+        digest = store.whole_digest(text)
+        doomed = [line for line in names if line[2].history[0].digest == digest]
+        digests = {digest}
+        if digest not in store.digests() and not doomed:
+            raise ImageNotInStore(f"{digest} is not in the store {store.path}", hint="hpcctr images")
+    else:
+        named = ImageRef.parse(text).name_in_store()
+        doomed = [line for line in names if line[0] == str(named) and platform in (None, line[1])]
+        if not doomed:
+            raise ImageNotInStore(f"image {named.familiar} is not in the store {store.path}", hint="hpcctr images")
+        kept = {record.history[0].digest for line in names if line not in doomed for record in (line[2],)}
+        digests = {line[2].history[0].digest for line in doomed} - kept
+    for name, its_platform, _ in doomed:
+        _unlink_name(store, store.name_file(ImageRef.parse(name), its_platform))
+    gone, freed = [], 0
+    for digest in sorted(digests):
+        size = _remove_image(store, digest)
+        if size is not None:
+            gone.append(digest)
+            freed += size
+    return Removed(names=tuple(f"{name} ({its_platform})" for name, its_platform, _ in doomed), digests=tuple(gone), freed=freed)
+
+
+def now() -> str:
+    """RFC 3339, UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _unlink_name(store: Store, path: str) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        directory = os.path.dirname(path)
+        while directory != f"{store.path}/names":
+            os.rmdir(directory)
+            directory = os.path.dirname(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise store_unusable(path, error) from None
+
+
+def _remove_image(store: Store, digest: str) -> int | None:
+    """The size of the removed file; None when there was none. The directory leaves by one rename, so nobody finds half of it."""
+    directory = store.image_directory(digest)
+    going = f"{store.path}/tmp/gone-{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        size = os.stat(f"{directory}/{IMAGE_FILE}").st_size
+    except OSError:
+        size = 0
+    try:
+        os.rename(directory, going)
+        _flush(os.path.dirname(directory))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise store_unusable(directory, error) from None
+    shutil.rmtree(going, ignore_errors=True)
+    return size
+
+
+def _make_directories(top: str, directory: str, mode: int = 0o755) -> None:
+    """Every missing directory from below ``top``: the last one with ``mode``, those above 0755, whatever the umask."""
+    missing = []
+    above = directory
+    while above != top and not os.path.isdir(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, mode)
+            os.chmod(path, mode if path == directory else 0o755)
+        _flush(os.path.dirname(path))
+
+
+def _write(path: str, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fchmod(descriptor, 0o644)
+        os.fsync(descriptor)
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _drop_abandoned(store: Store) -> None:
+    """What pulls that were killed left in tmp/ a week ago."""
+    with contextlib.suppress(OSError, HpcctrError):
+        for entry in os.scandir(f"{store.path}/tmp"):
+            if entry.stat(follow_symlinks=False).st_mtime < time.time() - _ABANDONED_AFTER:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)

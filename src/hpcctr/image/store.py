@@ -1,0 +1,285 @@
+"""The store as every launch reads it: which image a name means, and the file to mount.
+
+    STORE/images/sha256-<64 hex>/root.squashfs     one read-only file per image
+    STORE/images/sha256-<64 hex>/image.json        :class:`hpcctr.image.record.ImageRecord`
+    STORE/names/<registry>/<repository>/<tag>.<arch>.json     :class:`hpcctr.image.record.NameRecord`
+    STORE/tmp/                                     what is being written; never read
+
+A digest's colon is written ``-``: a colon ends a directory in overlayfs options. A name that is a digest (``repo@sha256:…``) has
+the file word ``@sha256-<hex>``, which no tag can be. Nothing here is written in place, so a reader needs no lock: it sees the
+old or the new file. Writing is :mod:`hpcctr.image.publish`. This module imports only the standard library and msgspec.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from hpcctr.errors import ImageNotInStore, PlatformMissing, StoreUnusable
+from hpcctr.image.imagefile import open_image_file, store_unusable
+from hpcctr.image.platform import acceptable, file_word, of_file_word, of_this_node
+from hpcctr.image.record import ImageRecord, NameRecord, Platform, StoredImage
+from hpcctr.image.reference import ImageRef, is_digest, is_digest_or_prefix
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+SCHEMA = 1
+IMAGE_FILE = "root.squashfs"
+RECORD_FILE = "image.json"
+#: A record holds at most 1 MiB each of passwd and group in base64, a config of at most 4 MiB, and little else.
+_RECORD_SIZE_MAX = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredName:
+    """One line of ``hpcctr images``: a name, the platform, and the image both mean. ``image`` is None once it was removed."""
+
+    name: str
+    platform: Platform
+    digest: str
+    since: str
+    image: StoredImage | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A store directory, opened with :meth:`open`. Holds no descriptor: NFS servers may be restarted below it."""
+
+    path: str
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool = False) -> Store:
+        """The store in ``path``; with ``writable`` it is made when absent. Raises :class:`StoreUnusable`."""
+        if not path.startswith("/"):
+            raise StoreUnusable(f"store {path!r} is not an absolute path", hint="set store in /etc/hpcctr/site.toml")
+        if writable:
+            from hpcctr.image.publish import require_writable
+
+            require_writable(path)
+            return cls(path=path)
+        try:
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise StoreUnusable(f"store {path} is not a directory", hint="set store in /etc/hpcctr/site.toml")
+        except FileNotFoundError:
+            raise StoreUnusable(
+                f"store {path} does not exist", hint="the first hpcctr pull by its administrator makes it; or set store in site.toml"
+            ) from None
+        except OSError as error:
+            raise store_unusable(path, error) from None
+        return cls(path=path)
+
+    # where things are
+
+    def image_directory(self, digest: str) -> str:
+        """Where the image of that digest is, or would be."""
+        return f"{self.path}/images/{digest.replace(':', '-')}"
+
+    def name_file(self, ref: ImageRef, platform: Platform) -> str:
+        """Where the record of that name is, or would be."""
+        word = f"@{ref.digest.replace(':', '-')}" if ref.digest else ref.tag
+        return f"{self.path}/names/{ref.registry}/{ref.repository}/{word}.{file_word(platform)}.json"
+
+    # finding
+
+    def find(self, text: str, platform: Platform | None = None) -> StoredImage:
+        """The image that a name or a digest (whole, or at least twelve digits) means on ``platform``; default: this node's.
+
+        Raises :class:`ImageNotInStore`, :class:`PlatformMissing`, :class:`ReferenceWrong`, :class:`StoreUnusable`.
+        """
+        wanted = platform or of_this_node()
+        if text.startswith("sha256:") and is_digest_or_prefix(text):
+            return self._require_platform(self.image(self.whole_digest(text)), wanted, text)
+        ref = ImageRef.parse(text)
+        named = ref.name_in_store()
+        record = None
+        for candidate in acceptable(wanted):
+            record = self.name_record(named, candidate)
+            if record is not None:
+                break
+        if record is None:
+            return self._find_unnamed(ref, named, wanted)
+        image = self._image_or_none(record.history[0].digest, name=str(named))
+        if image is None or (ref.is_file and image.record.source != str(ref.absolute())):
+            raise self._not_in_store(ref)
+        return image
+
+    def whole_digest(self, text: str) -> str:
+        """The digest in the store that begins like ``text``. Raises :class:`ImageNotInStore` for none or several."""
+        if is_digest(text):
+            return text
+        found = [digest for digest in self.digests() if digest.startswith(text)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ImageNotInStore(f"{text} begins {len(found)} digests", hint=f"one of {', '.join(sorted(found)[:3])}")
+        raise ImageNotInStore(f"no image in {self.path} has a digest that begins {text}", hint="hpcctr images")
+
+    def image(self, digest: str, *, name: str = "") -> StoredImage:
+        """The image of a whole digest. Raises :class:`ImageNotInStore`."""
+        image = self._image_or_none(digest, name=name or digest)
+        if image is None:
+            raise ImageNotInStore(f"{digest} is not in the store {self.path}", hint="hpcctr images; hpcctr pull NAME@DIGEST")
+        return image
+
+    def name_record(self, named: ImageRef, platform: Platform) -> NameRecord | None:
+        """What a name means for exactly this platform; None when it means nothing."""
+        path = self.name_file(named, platform)
+        raw = self._read(path)
+        if raw is None:
+            return None
+        record = _decode(raw, NameRecord, path)
+        if not record.history or not all(is_digest(entry.digest) for entry in record.history):
+            raise _damaged(path, "it names no digest")
+        return record
+
+    def names(self) -> Iterator[tuple[str, Platform, NameRecord]]:
+        """Every name with its platform and record, in the order of the names."""
+        top = f"{self.path}/names"
+        for directory, file_name in _files_below(top):
+            word, _, architecture = file_name.removesuffix(".json").rpartition(".")
+            if not word or not file_name.endswith(".json") or file_name.startswith("."):
+                continue
+            repository = directory[len(top) + 1 :]
+            text = f"{repository}@{word[1:].replace('-', ':', 1)}" if word.startswith("@") else f"{repository}:{word}"
+            platform = of_file_word(architecture)
+            record = self.name_record(ImageRef.parse(text), platform)
+            if record is not None:
+                yield text, platform, record
+
+    def digests(self) -> list[str]:
+        """Every image, with or without a name."""
+        try:
+            found = os.listdir(f"{self.path}/images")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise store_unusable(f"{self.path}/images", error) from None
+        return sorted(digest for entry in found if is_digest(digest := entry.replace("-", ":", 1)))
+
+    def images(self) -> list[StoredName]:
+        """Every name, then every image that has none (its name is its digest)."""
+        lines = []
+        unnamed = dict.fromkeys(self.digests())
+        known: dict[str, StoredImage | None] = {}
+        for text, platform, record in self.names():
+            digest = record.history[0].digest
+            unnamed.pop(digest, None)
+            if digest not in known:
+                known[digest] = self._image_or_none(digest, name=text)
+            image = known[digest]
+            if image is not None:
+                image = StoredImage(record=image.record, path=image.path, name=text)
+            lines.append(
+                StoredName(name=text, platform=platform, digest=digest, since=record.history[0].since, image=image)
+            )
+        for digest in unnamed:
+            image = self._image_or_none(digest, name=digest)
+            if image is not None:
+                record_of = image.record
+                lines.append(
+                    StoredName(
+                        name=digest, platform=record_of.platform, digest=digest, since=record_of.created, image=image
+                    )
+                )
+        return lines
+
+    # the file to mount
+
+    def open_image_file(self, image: StoredImage) -> int:
+        """:func:`hpcctr.image.imagefile.open_image_file` for this store."""
+        return open_image_file(self.path, image)
+
+    # inside
+
+    def _find_unnamed(self, ref: ImageRef, named: ImageRef, wanted: Platform) -> StoredImage:
+        """What is left when no record has the name: a manifest digest that came under another name, or the right error."""
+        if ref.digest:
+            image = self._image_or_none(ref.digest, name=str(named))
+            if image is not None:
+                return self._require_platform(image, wanted, ref.familiar)
+        others = self.platforms_of(named)
+        if others and not ref.is_file:
+            raise PlatformMissing(
+                f"image {ref.familiar} is in the store for {', '.join(map(str, others))}, not for {wanted}",
+                hint=f"hpcctr pull --platform {wanted} {ref.familiar}",
+            )
+        raise self._not_in_store(ref)
+
+    def platforms_of(self, named: ImageRef) -> list[Platform]:
+        """The platforms a name exists for."""
+        directory, _, example = self.name_file(named, Platform(os="linux", architecture="x")).rpartition("/")
+        beginning = example.removesuffix("x.json")
+        try:
+            found = os.listdir(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise store_unusable(directory, error) from None
+        words = [entry[len(beginning) : -len(".json")] for entry in found if entry.startswith(beginning) and entry.endswith(".json")]
+        return [of_file_word(word) for word in sorted(words) if word and "." not in word]
+
+    def _require_platform(self, image: StoredImage, wanted: Platform, text: str) -> StoredImage:
+        if image.record.platform not in acceptable(wanted):
+            raise PlatformMissing(
+                f"image {text} is for {image.record.platform}, not for {wanted}", hint=f"--platform {image.record.platform}"
+            )
+        return image
+
+    def _not_in_store(self, ref: ImageRef) -> ImageNotInStore:
+        return ImageNotInStore(f"image {ref.familiar} is not in the store {self.path}", hint=f"hpcctr pull {ref.familiar}")
+
+    def _image_or_none(self, digest: str, *, name: str) -> StoredImage | None:
+        directory = self.image_directory(digest)
+        raw = self._read(f"{directory}/{RECORD_FILE}")
+        if raw is None:
+            return None
+        record = _decode(raw, ImageRecord, f"{directory}/{RECORD_FILE}")
+        if record.digest != digest or record.file != IMAGE_FILE:
+            raise _damaged(f"{directory}/{RECORD_FILE}", "it is about another image")
+        return StoredImage(record=record, path=f"{directory}/{record.file}", name=name)
+
+    def _read(self, path: str) -> bytes | None:
+        """The content of a record; None when there is no such file."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise store_unusable(path, error) from None
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise _damaged(path, "it is not a regular file")
+            try:
+                raw = file.read(_RECORD_SIZE_MAX + 1)
+            except OSError as error:
+                raise store_unusable(path, error) from None
+        if len(raw) > _RECORD_SIZE_MAX:
+            raise _damaged(path, f"it is larger than {_RECORD_SIZE_MAX} bytes")
+        return raw
+
+
+def _files_below(top: str) -> Iterator[tuple[str, str]]:
+    def stop(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise store_unusable(error.filename or top, error) from None
+
+    for directory, directories, files in os.walk(top, onerror=stop):
+        directories.sort()
+        for name in sorted(files):
+            yield directory, name
+
+
+def _decode(raw: bytes, kind: type[T], path: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: str, problem: str) -> StoreUnusable:
+    return StoreUnusable(f"{path} is damaged: {problem}", hint=f"remove {path} and pull the image again")

@@ -1,0 +1,32 @@
+"""The engine's half of a launch as a story: who asks for what, what they are granted, where they may go in."""
+
+from __future__ import annotations
+
+from hpcctr.context import Caller, machine
+from hpcctr.engine.nodes import NodeContainer, NodeContainers
+from hpcctr.host import edits
+from hpcctr.image.record import Platform
+from hpcctr.image.store import Store
+from hpcctr.policy import account
+from hpcctr.policy.decide import decide
+from hpcctr.policy.grant import Grant
+from hpcctr.policy.load import load
+from hpcctr.request import LaunchRequest
+from hpcctr.site import Site
+
+
+def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
+    """Image, host features and policy: a grant, or the error that says why not."""
+    return decide(
+        load(site.policy_directory),
+        caller=caller,
+        user_names=account.names_of(caller),
+        image=Store.open(site.store).find(request.image, Platform(os="linux", architecture=machine())),
+        edits=edits.of_site(site),
+        targets=request.targets_with(site.carry),
+    )
+
+
+def build(grant: Grant, site: Site, nodes: NodeContainers) -> NodeContainer:
+    """The node container of a grant, found or built; containerd makes it and never starts it."""
+    return nodes.get(grant, open_image=lambda: Store.open(site.store).open_image_file(grant.image))

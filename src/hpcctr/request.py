@@ -1,0 +1,260 @@
+"""What a caller asks for: the words of ``hpcctr run``, and the request that crosses the socket.
+
+``RUN_OPTIONS`` is the one declaration of run's options: the short lane parses by it (:func:`RunWords.parse`), the typer command is
+made from it, and documentation is checked against it. :class:`LaunchRequest` is all that leaves the user's process: no uid, no
+command, no environment, no source path.
+
+Imports nothing but the error classes and frames: it is part of every launch.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hpcctr.errors import ProtocolBroken, UsageWrong
+from hpcctr.wire import Frame
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: More targets make a launch slow for everybody: each costs a mount under one kernel lock.
+TARGETS_MAX = 120
+_PATH_MAX = 4096
+#: Places a mount target may never be at or below; enter refuses them again.
+FORBIDDEN_TARGETS = (b"/proc", b"/sys", b"/dev", b"/run/hpcctr")
+
+
+class Option:
+    """One option of ``hpcctr run``."""
+
+    __slots__ = ("choices", "flags", "help", "metavar", "name", "repeated")
+
+    def __init__(
+        self,
+        name: str,
+        flags: tuple[str, ...],
+        help: str,  # noqa: A002
+        *,
+        metavar: str = "",
+        repeated: bool = False,
+        choices: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.flags = flags
+        self.help = help
+        #: Empty for a flag that takes no value.
+        self.metavar = metavar
+        self.repeated = repeated
+        self.choices = choices
+
+
+RUN_OPTIONS = (
+    Option(
+        "volume",
+        ("-v", "--volume"),
+        "Show a file or directory of yours inside: SRC[:DST[:ro]]. Opened with your own rights.",
+        metavar="SRC[:DST[:ro]]",
+        repeated=True,
+    ),
+    Option(
+        "env", ("-e", "--env"), "Set a variable; without =VALUE, take yours.", metavar="NAME[=VALUE]", repeated=True
+    ),
+    Option("clean_env", ("--clean-env",), "Start from the image's environment instead of yours."),
+    Option("workdir", ("-w", "--workdir"), "Directory to start in; default: the one you are in.", metavar="DIR"),
+    Option("no_home", ("--no-home",), "Do not show your home directory inside."),
+    Option(
+        "entrypoint",
+        ("--entrypoint",),
+        "Run this in place of the image's entrypoint, with CMD as arguments.",
+        metavar="PROGRAM",
+    ),
+    Option(
+        "pull",
+        ("--pull",),
+        "When to fetch the image: if the store lacks it, always, or never.",
+        metavar="WHEN",
+        choices=("missing", "always", "never"),
+    ),
+    Option(
+        "platform", ("--platform",), "Platform to pull, as OS/ARCH[/VARIANT]; default: this node's.", metavar="PLATFORM"
+    ),
+    Option("explain", ("--explain",), "Print what would be granted, mounted and set, and run nothing."),
+)
+_BY_FLAG = {flag: option for option in RUN_OPTIONS for flag in option.flags}
+
+
+class NeedsFullParser(Exception):  # noqa: N818
+    """The command line has something (``--help``, an unknown option) that the full command answers better."""
+
+
+class RunWords:
+    """The words of one ``hpcctr run``, as bytes where they are the user's data."""
+
+    __slots__ = (
+        "clean_env",
+        "command",
+        "entrypoint",
+        "env",
+        "explain",
+        "image",
+        "no_home",
+        "platform",
+        "pull",
+        "volume",
+        "workdir",
+    )
+
+    def __init__(self, image: str, command: Sequence[bytes], **options: object) -> None:
+        self.image = image
+        #: None when the command line has no CMD: the image's entrypoint and command are used.
+        self.command: tuple[bytes, ...] | None = tuple(command) or None
+        self.volume: tuple[bytes, ...] = ()
+        self.env: tuple[bytes, ...] = ()
+        self.workdir: bytes | None = None
+        self.entrypoint: bytes | None = None
+        self.clean_env = False
+        self.no_home = False
+        self.explain = False
+        self.pull = "missing"
+        self.platform = ""
+        for name, value in options.items():
+            if name not in self.__slots__:
+                raise TypeError(name)
+            setattr(self, name, value)
+        if self.pull not in ("missing", "always", "never"):
+            raise UsageWrong(f"--pull {self.pull}: not one of missing, always, never", hint="hpcctr run --help")
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> RunWords:
+        """The words after ``run``. Options end at IMAGE; what follows it (after an optional ``--``) is CMD.
+
+        Raises :class:`NeedsFullParser` for anything not plainly an option of :data:`RUN_OPTIONS`.
+        """
+        options: dict[str, object] = {}
+        rest = list(arguments)
+        while rest and rest[0].startswith("-"):
+            word = rest.pop(0)
+            flag, sign, value = word.partition("=") if word.startswith("--") else (word, "", "")
+            option = _BY_FLAG.get(flag)
+            if option is None or (sign and not option.metavar):
+                raise NeedsFullParser(word)
+            if not option.metavar:
+                options[option.name] = True
+                continue
+            if not sign:
+                if not rest:
+                    raise NeedsFullParser(word)
+                value = rest.pop(0)
+            if option.repeated:
+                earlier = options.get(option.name, ())
+                assert isinstance(earlier, tuple)  # noqa: S101
+                options[option.name] = (*earlier, os.fsencode(value))
+            else:
+                options[option.name] = os.fsencode(value) if option.name in ("workdir", "entrypoint") else value
+        if not rest:
+            raise NeedsFullParser("no image")
+        image = rest.pop(0)
+        if rest and rest[0] == "--":
+            rest.pop(0)
+        return cls(image, [os.fsencode(word) for word in rest], **options)
+
+
+class Target:
+    """A mount point the container must have: where, and whether a directory (``d``) or a file (``f``)."""
+
+    __slots__ = ("kind", "path")
+
+    def __init__(self, kind: str, path: bytes) -> None:
+        self.kind = kind
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Target({self.kind!r}, {self.path!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Target) and (self.kind, self.path) == (other.kind, other.path)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.path))
+
+    @classmethod
+    def parse(cls, untrusted: bytes) -> Target:
+        """``d:/path`` or ``f:/path``. Raises :class:`ProtocolBroken` for anything enter would refuse as well."""
+        kind, _, path = untrusted.partition(b":")
+        if kind not in (b"d", b"f"):
+            raise ProtocolBroken("a mount target that is neither directory nor file")
+        problem = target_problem(path)
+        if problem:
+            raise ProtocolBroken(f"mount target {os.fsdecode(path[:200])!r} {problem}")
+        return cls(kind.decode(), path)
+
+
+def target_problem(path: bytes) -> str:
+    """Why nothing can be mounted on ``path`` whatever the image; empty when something can."""
+    if not path.startswith(b"/") or len(path) >= _PATH_MAX:
+        return "is not an absolute path"
+    if path == b"/":
+        return "is the root of the container"
+    if any(part in (b"", b".", b"..") or len(part) > 255 for part in path[1:].split(b"/")):
+        return "is not a plain path"
+    for place in FORBIDDEN_TARGETS:
+        if path == place or path.startswith(place + b"/"):
+            return f"is at or below {place.decode()}, which is the node's own"
+    return ""
+
+
+class LaunchRequest:
+    """What crosses the socket: the image and the names of mount targets. A claim, decided on by policy."""
+
+    __slots__ = ("explain", "image", "platform", "targets")
+    KEYS = frozenset({"image", "platform", "target", "explain"})
+    VERB = "run"
+
+    def __init__(
+        self, *, image: str, targets: Sequence[Target] = (), platform: str = "", explain: bool = False
+    ) -> None:
+        self.image = image
+        self.targets = tuple(targets)
+        self.platform = platform
+        self.explain = explain
+
+    def targets_with(self, carry: Sequence[str]) -> tuple[Target, ...]:
+        """The targets and the site's directories, without those that lie below another: they exist in the other's source."""
+        wanted = {target.path: target for target in self.targets}
+        for path in carry:
+            wanted.setdefault(os.fsencode(path), Target("d", os.fsencode(path)))
+        kept: list[Target] = []
+        for target in sorted(wanted.values(), key=lambda target: target.path.split(b"/")):
+            if not kept or not target.path.startswith(kept[-1].path + b"/"):
+                kept.append(target)
+        return tuple(kept)
+
+    def frame(self) -> Frame:
+        """The request as a frame."""
+        fields = [("image", os.fsencode(self.image))]
+        if self.platform:
+            fields.append(("platform", os.fsencode(self.platform)))
+        if self.explain:
+            fields.append(("explain", b"yes"))
+        fields += [("target", target.kind.encode() + b":" + target.path) for target in self.targets]
+        return Frame(self.VERB, fields)
+
+    @classmethod
+    def of_frame(cls, untrusted: Frame) -> LaunchRequest:
+        """The request in a frame. Raises :class:`ProtocolBroken` unless every field is well formed."""
+        untrusted.require_keys(cls.KEYS)
+        targets = [Target.parse(value) for value in untrusted.every("target")]
+        if len(targets) > TARGETS_MAX:
+            raise ProtocolBroken(f"{len(targets)} mount targets, {TARGETS_MAX} are possible")
+        if len({target.path for target in targets}) != len(targets):
+            raise ProtocolBroken("a mount target is named twice")
+        explain = untrusted.one("explain", b"no")
+        if explain not in (b"yes", b"no"):
+            raise ProtocolBroken("explain is neither yes nor no")
+        return cls(
+            image=untrusted.text("image"),
+            platform=untrusted.text("platform", ""),
+            targets=sorted(targets, key=lambda target: target.path.split(b"/")),
+            explain=explain == b"yes",
+        )

@@ -1,0 +1,107 @@
+"""The administrator's settings: ``/etc/hpcctr/site.toml``.
+
+Every key has a default, so an absent file is a valid site. The engine and root read the file only when nobody but root
+could have written it; anything wrong with it is an error that names the file, never a silent default.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Literal
+
+import msgspec
+
+from hpcctr.errors import PolicyUnusable, SiteFileWrong
+
+DEFAULT_PATH = "/etc/hpcctr/site.toml"
+
+
+class ContainerdSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """Where containerd is."""
+
+    socket: str = "/run/containerd/containerd.sock"
+
+
+class RegistrySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """How one registry (``host[:port]``, the table's name) is spoken to."""
+
+    #: Speak plain HTTP. Loopback addresses need no such permission.
+    plain_http: bool = False
+
+
+class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """What the engine gives at most."""
+
+    #: Sessions at once, of everybody and of one uid.
+    sessions: int = 1024
+    sessions_per_uid: int = 256
+    #: Node containers one uid may have on the node.
+    containers_per_uid: int = 64
+
+
+class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """The whole file."""
+
+    store: str = "/var/lib/hpcctr/store"
+    #: The installed enter: root:root 0711 with file capabilities, on a local filesystem.
+    enter: str = "/usr/libexec/hpcctr/enter"
+    runtime: Literal["runc", "crun"] = "runc"
+    #: Seconds a node container stays after its last member has ended.
+    linger_seconds: float = 60.0
+    #: Directories of the host, beside /tmp, home and the working directory, that every launch sees where the caller does.
+    carry: tuple[str, ...] = ()
+    #: Variables set in every container (host feature of the site).
+    env: dict[str, str] = {}
+    #: Globs of variables, beside hpcctr's own list, that describe the host's files: the image's value is taken.
+    env_of_the_host: tuple[str, ...] = ()
+    policy_directory: str = "/etc/hpcctr/policy.d"
+    containerd: ContainerdSettings = ContainerdSettings()
+    registry: dict[str, RegistrySettings] = {}
+    limits: LimitSettings = LimitSettings()
+
+    @classmethod
+    def load(cls, path: str | None = None, *, root_owned: bool = False) -> Site:
+        """The settings in ``path``; the defaults when ``path`` is None and :data:`DEFAULT_PATH` does not exist.
+
+        With ``root_owned`` the file must be root's and writable by nobody else, else :class:`PolicyUnusable`.
+        Raises :class:`SiteFileWrong` for a file that cannot be read or is not a site file.
+        """
+        name = path or DEFAULT_PATH
+        try:
+            raw = read_root_owned(name) if root_owned else _read(name)
+        except FileNotFoundError:
+            if path is None:
+                return cls()
+            raise SiteFileWrong(f"{name}: no such file", hint="name an existing site file") from None
+        except OSError as error:
+            raise SiteFileWrong(f"{name}: {error.strerror}", hint=f"make {name} readable") from None
+        try:
+            site = msgspec.toml.decode(raw, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise SiteFileWrong(f"{name}: {error}", hint=f"edit {name}; its keys are in docs/site.md") from None
+        for key, value in (("store", site.store), ("enter", site.enter), *(("carry", entry) for entry in site.carry)):
+            if not value.startswith("/") or os.path.normpath(value) != value or value == "/":
+                raise SiteFileWrong(f"{name}: {key} = {value!r} is not a plain absolute path", hint=f"edit {name}")
+        return site
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_root_owned(path: str) -> bytes:
+    """The content of a file only root can have written. Raises :class:`PolicyUnusable` otherwise, OSError as open does.
+
+    The owner is looked at after opening, on the descriptor: the other way round another file could be slipped in between.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PolicyUnusable(
+                f"{path} is not a file that only root can write",
+                hint=f"chown root:root {path} && chmod go-w {path}",
+            )
+        return file.read()

@@ -1,0 +1,19 @@
+"""The section ``linux``: a mount namespace, and nothing else of its own."""
+
+from __future__ import annotations
+
+
+def linux(container_id: str) -> dict[str, object]:
+    """The section.
+
+    Namespaces that are not named stay the host's. The cgroup is for the anchor alone, since programs stay in their
+    job's; it is flat because runtimes remove the last directory of the path and leave its parents.
+    """
+    return {
+        "namespaces": [{"type": "mount"}],
+        "rootfsPropagation": "private",
+        "cgroupsPath": f"/hpcctr-{container_id}",
+        # Empty, not absent: runtimes and tools take an absent list for "choose something".
+        "maskedPaths": [],
+        "readonlyPaths": [],
+    }

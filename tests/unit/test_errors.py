@@ -1,0 +1,36 @@
+"""The tree of errors."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from hpcctr import errors
+
+
+def _classes() -> list[type[errors.HpcctrError]]:
+    return [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.HpcctrError)]
+
+
+def test_every_slug_belongs_to_one_class() -> None:
+    slugs = [cls.slug for cls in _classes()]
+    assert sorted(slugs) == sorted(set(slugs))
+    assert len(slugs) > 20
+
+
+@pytest.mark.parametrize("cls", _classes(), ids=lambda cls: cls.slug)
+def test_a_class_is_found_by_its_slug_and_ends_with_a_status_of_ours(cls: type[errors.HpcctrError]) -> None:
+    assert errors.of_slug(cls.slug) is cls
+    assert cls.exit_status in (errors.FAILED, errors.REFUSED, errors.NOT_FOUND)
+    assert cls.__doc__
+
+
+def test_an_unknown_slug_is_the_root_of_the_tree() -> None:
+    assert errors.of_slug("from-a-newer-engine") is errors.HpcctrError
+
+
+def test_the_text_names_slug_what_and_hint() -> None:
+    error = errors.ImageNotInStore("x:1 is not in the store", hint="hpcctr pull x:1")
+    assert error.for_stderr() == "hpcctr: error[image-not-in-store]: x:1 is not in the store\nhint: hpcctr pull x:1\n"
+    assert errors.DeadlinePassed("late").for_stderr() == "hpcctr: error[deadline]: late\n"

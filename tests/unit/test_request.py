@@ -1,0 +1,117 @@
+"""The words of run and the request that crosses the socket."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcctr.errors import ProtocolBroken, UsageWrong
+from hpcctr.request import TARGETS_MAX, LaunchRequest, NeedsFullParser, RunWords, Target, target_problem
+from hpcctr.wire import Frame
+
+PARTS = st.binary(min_size=1, max_size=12).filter(
+    lambda part: b"/" not in part and b"\0" not in part and part not in (b".", b"..")
+)
+PATHS = (
+    st.lists(PARTS, min_size=1, max_size=5)
+    .map(lambda parts: b"/" + b"/".join(parts))
+    .filter(lambda path: not target_problem(path))
+)
+
+
+@given(st.text(max_size=30).filter(lambda text: "\0" not in text and text.isprintable()), st.sets(PATHS, max_size=10))
+def test_a_request_comes_out_as_it_went_in(image: str, paths: set[bytes]) -> None:
+    sent = LaunchRequest(image=image, targets=[Target("d", path) for path in paths], explain=True)
+    got = LaunchRequest.of_frame(Frame.unpack(sent.frame().pack()))
+    assert (got.image, got.explain) == (image, True)
+    assert sorted(target.path for target in got.targets) == sorted(paths)
+
+
+def test_a_request_carries_no_uid_no_command_no_environment_and_no_source() -> None:
+    assert LaunchRequest.KEYS == {"image", "platform", "target", "explain"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        [("image", b"a"), ("image", b"b")],
+        [("image", b"a"), ("uid", b"0")],
+        [("image", b"\xff")],
+        [("image", b"a"), ("explain", b"maybe")],
+        [("image", b"a"), ("target", b"/x")],
+        [("image", b"a"), ("target", b"x:/x")],
+        [("image", b"a"), ("target", b"d:x")],
+        [("image", b"a"), ("target", b"d:/")],
+        [("image", b"a"), ("target", b"d:/a/../b")],
+        [("image", b"a"), ("target", b"d:/a//b")],
+        [("image", b"a"), ("target", b"d:/a/")],
+        [("image", b"a"), ("target", b"d:/a/./b")],
+        [("image", b"a"), ("target", b"d:/proc")],
+        [("image", b"a"), ("target", b"d:/sys/kernel")],
+        [("image", b"a"), ("target", b"d:/dev/shm")],
+        [("image", b"a"), ("target", b"d:/run/hpcctr")],
+        [("image", b"a"), ("target", b"d:/" + b"x" * 256)],
+        [("image", b"a"), ("target", b"d:/" + b"x/" * 2100 + b"x")],
+        [("image", b"a"), ("target", b"d:/x"), ("target", b"f:/x")],
+        [("image", b"a"), *(("target", b"d:/x%d" % number) for number in range(TARGETS_MAX + 1))],
+    ],
+)
+def test_a_malformed_request_is_refused(fields: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(ProtocolBroken):
+        LaunchRequest.of_frame(Frame("run", fields))
+
+
+def test_names_that_only_begin_like_a_forbidden_place_are_possible() -> None:
+    for path in (b"/process", b"/devel", b"/system", b"/run/hpcctr2", b"/run/user/1000"):
+        assert target_problem(path) == ""
+
+
+def test_targets_below_others_are_left_to_the_outer_ones_source() -> None:
+    request = LaunchRequest(
+        image="x", targets=[Target("d", b"/scratch/u/a"), Target("d", b"/home/u"), Target("d", b"/scratch2")]
+    )
+    assert [target.path for target in request.targets_with(["/scratch", "/opt/site"])] == [
+        b"/home/u",
+        b"/opt/site",
+        b"/scratch",
+        b"/scratch2",
+    ]
+
+
+def test_options_end_at_the_image() -> None:
+    words = RunWords.parse(
+        ["-v", "/a:/b", "--volume=/c", "-e", "X=1", "--clean-env", "img", "--", "prog", "-v", "--", "x"]
+    )
+    assert words.volume == (b"/a:/b", b"/c")
+    assert words.env == (b"X=1",)
+    assert words.clean_env
+    assert words.image == "img"
+    assert words.command == (b"prog", b"-v", b"--", b"x")
+
+
+def test_a_command_may_follow_the_image_without_dashes() -> None:
+    assert RunWords.parse(["img", "prog", "-x"]).command == (b"prog", b"-x")
+
+
+def test_no_command_is_not_an_empty_command() -> None:
+    assert RunWords.parse(["img"]).command is None
+    assert RunWords.parse(["img", "--"]).command is None
+
+
+def test_words_that_are_not_utf8_stay_what_they_are() -> None:
+    assert RunWords.parse(["img", "--", "\udcff", ""]).command == (b"\xff", b"")
+
+
+@pytest.mark.parametrize(
+    "line", [["--help"], ["-h"], [], ["-v"], ["--gpux", "img"], ["-vx", "img"], ["--clean-env=1", "img"], ["--"]]
+)
+def test_anything_unusual_is_left_to_the_full_command(line: list[str]) -> None:
+    with pytest.raises(NeedsFullParser):
+        RunWords.parse(line)
+
+
+def test_a_wrong_choice_is_named() -> None:
+    with pytest.raises(UsageWrong, match="--pull sometimes"):
+        RunWords.parse(["--pull", "sometimes", "img"])

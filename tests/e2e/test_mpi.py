@@ -26,6 +26,7 @@ from tests.support.mpi import (
     script,
 )
 from tests.support.node import Node
+from tests.support.polling import wait_until
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.network, pytest.mark.timeout(300)]
@@ -93,18 +94,13 @@ def test_a_rank_keeps_the_pid_the_launcher_gave_it(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_ranks_of_a_node_share_one_node_container(
-    own_node: Node, alice: User, debian12_mpi_image: str, family: Family, place: Path
+    own_node: Node, alice: User, debian12_mpi_image: str, family: Family
 ) -> None:
     own_node.pull(debian12_mpi_image)
-    rank = script(
-        place,
-        "rank",
-        f'exec "{HPCCTR}" run {debian12_mpi_image} -- {contained(family, "report")}',
-    )
-    require_one_job(_job(own_node, alice, LAUNCHERS[family](4, str(rank))), 4)
-    built = re.findall(r"containers/create|/tasks/create", own_node.containerd.log())
-    assert len(own_node.containerd.containers()) <= 1
-    assert len(built) <= 2
+    job = LAUNCHERS[family](4, *_in_container(debian12_mpi_image, contained(family, "report")))
+    require_one_job(_job(own_node, alice, job), 4)
+    wait_until(own_node.containerd.created, what="the event of the container's making")
+    assert len(own_node.containerd.created()) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,13 @@ level = "info"
 
 @dataclass(kw_only=True)
 class Containerd:
-    """A running containerd. Its log is DIRECTORY/log."""
+    """A running containerd. Its log is DIRECTORY/log, all its events are in DIRECTORY/events."""
 
     host: Host
     directory: Path
     socket: Path
     process: subprocess.Popen[bytes]
+    recorder: subprocess.Popen[bytes]
 
     def ctr(self, *arguments: str, check: bool = True, timeout: float = 60) -> str:
         """What `ctr` prints, in the engine's namespace."""
@@ -54,12 +56,23 @@ class Containerd:
         rows = [line.split() for line in self.ctr("tasks", "list").splitlines()[1:]]
         return {row[0]: row[-1] for row in rows}
 
+    def created(self) -> tuple[str, ...]:
+        """Every container ever made in the engine's namespace, in order, also those removed since."""
+        found = []
+        for line in (self.directory / "events").read_text().splitlines():
+            # date, time, zone, zone, namespace, topic, event
+            before, _, event = line.partition(" /containers/create ")
+            if event and before.split()[-1] == NAMESPACE:
+                found.append(str(json.loads(event)["id"]))
+        return tuple(found)
+
     def restart(self, *, kill: bool = False) -> None:
         """End containerd (SIGKILL with `kill`) and start it again on the same state; containers outlive that."""
         self.process.kill() if kill else self.process.terminate()
         self.process.wait(30)
-        self.process = _launch(self.host, self.directory)
-        _wait_for_answer(self)
+        self.recorder.wait(30)
+        self.process = _launch(self.host, self.directory, self.socket)
+        self.recorder = _record(self.host, self.directory, self.socket)
 
     def stop(self) -> None:
         """Remove all containers with their tasks, then end containerd."""
@@ -67,6 +80,8 @@ class Containerd:
             self.ctr("tasks", "delete", "--force", task_id, check=False)
         for container_id in self.containers():
             self.ctr("containers", "delete", container_id, check=False)
+        self.recorder.terminate()
+        self.recorder.wait(30)
         self.process.terminate()
         self.process.wait(30)
 
@@ -74,20 +89,25 @@ class Containerd:
         return (self.directory / "log").read_text(errors="replace")
 
 
-def _launch(host: Host, directory: Path) -> subprocess.Popen[bytes]:
+def _record(host: Host, directory: Path, socket: Path) -> subprocess.Popen[bytes]:
+    with (directory / "events").open("ab") as events:
+        return host.popen(["ctr", "--address", str(socket), "events"], stdout=events)
+
+
+def _launch(host: Host, directory: Path, socket: Path) -> subprocess.Popen[bytes]:
+    """Start containerd and wait until it answers."""
     with (directory / "log").open("ab") as log:
-        return host.popen(["containerd", "--config", str(directory / "config.toml")], stdout=log, stderr=log)
+        process = host.popen(["containerd", "--config", str(directory / "config.toml")], stdout=log, stderr=log)
 
-
-def _wait_for_answer(containerd: Containerd) -> None:
     def answers() -> bool:
-        assert containerd.process.poll() is None, f"containerd ended:\n{containerd.log()}"
-        if not containerd.socket.exists():
+        assert process.poll() is None, f"containerd ended:\n{(directory / 'log').read_text(errors='replace')}"
+        if not socket.exists():
             return False
-        argv = ["ctr", "--address", str(containerd.socket), "--connect-timeout", "2s", "version"]
-        return containerd.host.run(argv, check=False).returncode == 0
+        argv = ["ctr", "--address", str(socket), "--connect-timeout", "2s", "version"]
+        return host.run(argv, check=False).returncode == 0
 
     wait_until(answers, seconds=30, what="an answer of containerd")
+    return process
 
 
 def start(host: Host, directory: Path | None = None) -> Containerd:
@@ -97,6 +117,6 @@ def start(host: Host, directory: Path | None = None) -> Containerd:
     socket = directory / "containerd.sock"
     config = directory / "config.toml"
     config.write_text(_CONFIG.format(directory=directory, socket=socket))
-    containerd = Containerd(host=host, directory=directory, socket=socket, process=_launch(host, directory))
-    _wait_for_answer(containerd)
-    return containerd
+    process = _launch(host, directory, socket)
+    recorder = _record(host, directory, socket)
+    return Containerd(host=host, directory=directory, socket=socket, process=process, recorder=recorder)

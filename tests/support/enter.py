@@ -380,10 +380,10 @@ def wait_for_state(pid: int, letters: str) -> None:
 
 
 def _make_rootfs(root: Path) -> None:
-    for name in "bin proc sys dev tmp mnt mnt/one mnt/two home etc real run run/hpcctr run/hpcctr/x".split():
-        (root / name).mkdir()
+    for name in ("proc", "sys", "dev", "tmp", "bin", "etc", "home", "real", "mnt/one", "mnt/two", "run/hpcctr/x"):
+        (root / name).mkdir(parents=True)
     shutil.copy("/bin/busybox", root / "bin/busybox")
-    for applet in "sh cat id ls sleep touch mkdir mount pwd stat grep true readlink".split():
+    for applet in ("cat", "grep", "id", "ls", "mount", "pwd", "readlink", "sh", "sleep", "stat", "touch", "true"):
         (root / "bin" / applet).symlink_to("busybox")
     (root / "etc/file").write_text("of the image\n")
     (root / "link").symlink_to("real")

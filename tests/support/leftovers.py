@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,27 +17,50 @@ from tests.support.containerd import Containerd
 from tests.support.host import Host
 from tests.support.mountinfo import read_mountinfo
 from tests.support.polling import wait_until
+from tests.support.processes import processes
 
 
-def _cgroups() -> Iterator[str]:
-    """Cgroups of containers and job steps, in every mounted hierarchy; those of other services are not ours."""
+def _cgroups(containers: Iterable[str]) -> Iterator[str]:
+    """Cgroups in every mounted hierarchy that carry the name of one of these containers, and those of Slurm's jobs."""
+    ids = set(containers)
     for mount in read_mountinfo():
         if mount.kind not in ("cgroup", "cgroup2"):
             continue
         for directory, _, _ in os.walk(mount.target):
             below = directory.removeprefix(mount.target)
-            if "hpcctr" in below or "slurm" in below:
+            if ("slurm" in below and "job_" in below) or any(container_id in below for container_id in ids):
                 yield f"cgroup {directory}"
 
 
-def _loops() -> Iterator[str]:
+def _loops(below: Iterable[Path]) -> Iterator[str]:
+    """Loop devices whose file is below one of these directories."""
     for device in Path("/sys/block").glob("loop*"):
         try:
             backing = (device / "loop/backing_file").read_text().strip()
         except OSError:
             # Not attached, or detached this moment.
             continue
-        yield f"loop device {device.name} of {backing}"
+        if any(Path(backing).is_relative_to(directory) for directory in below):
+            yield f"loop device {device.name} of {backing}"
+
+
+def _holders(device: str) -> tuple[str, ...]:
+    """Processes in whose mount namespace a loop device is mounted: for the message, who else would be blamed."""
+    found = []
+    for process in processes():
+        try:
+            mounts = read_mountinfo(Path(f"/proc/{process.pid}/mountinfo"))
+        except OSError:
+            continue
+        if any(mount.source == f"/dev/{device}" for mount in mounts):
+            found.append(str(process))
+    return tuple(found)
+
+
+def _explained(thing: str) -> str:
+    if not thing.startswith("loop device "):
+        return thing
+    return f"{thing}, mounted for {', '.join(_holders(thing.split()[2])) or 'no process'}"
 
 
 def _files(host: Host) -> Iterator[str]:
@@ -58,21 +81,31 @@ def _files(host: Host) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Leftovers:
-    """One reading. Mounts count as often as they occur."""
+    """One reading. Mounts count as often as they occur.
+
+    Other tests may run on the machine: loop devices count whose file is below a Host's root or one of `below` (stores),
+    cgroups that carry the name of a container of these containerds.
+    """
 
     hosts: tuple[Host, ...]
     containerds: tuple[Containerd, ...]
+    below: tuple[Path, ...]
     found: tuple[str, ...]
 
     @classmethod
-    def of(cls, *things: Host | Containerd) -> Leftovers:
+    def of(cls, *things: Host | Containerd, below: Sequence[Path] = ()) -> Leftovers:
         """Read these Hosts and containerds, and the machine around them."""
         hosts = tuple(thing for thing in things if isinstance(thing, Host))
         containerds = tuple(thing for thing in things if isinstance(thing, Containerd))
-        return cls(hosts=hosts, containerds=containerds, found=tuple(_read(hosts, containerds)))
+        return cls(
+            hosts=hosts,
+            containerds=containerds,
+            below=tuple(below),
+            found=tuple(_read(hosts, containerds, (*below, *(host.root for host in hosts)))),
+        )
 
     def again(self) -> Leftovers:
-        return Leftovers.of(*self.hosts, *self.containerds)
+        return Leftovers.of(*self.hosts, *self.containerds, below=self.below)
 
     def new_since(self, before: Leftovers) -> tuple[str, ...]:
         remaining = list(before.found)
@@ -85,14 +118,14 @@ class Leftovers:
         return tuple(new)
 
 
-def _read(hosts: Iterable[Host], containerds: Iterable[Containerd]) -> Iterator[str]:
+def _read(hosts: Iterable[Host], containerds: Sequence[Containerd], below: Sequence[Path]) -> Iterator[str]:
     # Records first: asking for them starts `ctr`, which must be gone when processes are read.
     for containerd in containerds:
         yield from (f"containerd container {container_id}" for container_id in containerd.containers())
         yield from (f"containerd task {task_id} {status}" for task_id, status in containerd.tasks().items())
     yield from (f"mount {mount}" for mount in read_mountinfo())
-    yield from _loops()
-    yield from _cgroups()
+    yield from _loops(below)
+    yield from _cgroups(container_id for containerd in containerds for container_id in containerd.created())
     for host in hosts:
         yield from (f"mount {mount} (in {host.root.name})" for mount in host.mounts())
         yield from (f"process {process}" for process in host.processes())
@@ -108,4 +141,4 @@ def require_nothing_new(before: Leftovers, *, seconds: float = 15) -> None:
         remaining = before.again().new_since(before)
         return not remaining
 
-    wait_until(nothing_new, seconds=seconds, what=lambda: "the end of\n  " + "\n  ".join(remaining))
+    wait_until(nothing_new, seconds=seconds, what=lambda: "the end of\n  " + "\n  ".join(map(_explained, remaining)))

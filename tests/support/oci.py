@@ -354,8 +354,8 @@ def busybox(
     compression: Compression | tuple[Compression, ...] = "gzip",
     docker: bool = False,
 ) -> Image:
-    """Debian's busybox-static with a link for each applet, /etc/passwd, /etc/group and /tmp; then ``members`` in the same
-    layer, then ``layers`` over it. ``config`` is added to Env PATH and Cmd /bin/sh."""
+    """Debian's busybox-static with a link for each applet, /etc/passwd, /etc/group and /tmp; then ``members`` in the
+    same layer, then ``layers`` over it. ``config`` is added to Env PATH and Cmd /bin/sh."""
     return Image(
         layers=(tar(*busybox_members(), *members), *layers),
         config={"Env": ["PATH=/usr/local/bin:/usr/bin:/bin"], "Cmd": ["/bin/sh"], **(config or {})},

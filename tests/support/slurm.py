@@ -8,6 +8,7 @@ lies outside /tmp, so that what a step needs from it has to be carried in by nam
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -193,6 +194,9 @@ def slurm(root: Path, *, nodes: int = 1, memory_mb: int = 1500) -> Iterator[Slur
     cpus = len(os.sched_getaffinity(0))
     described = f"NodeName=DEFAULT CPUs={cpus} RealMemory={memory_mb} State=UNKNOWN\n"
     with contextlib.ExitStack() as stack:
+        # Cgroups are named after the nodes and the machine has one tree of them: one cluster at a time.
+        lock = stack.enter_context((root.parent / "slurm.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
         hosts = {}
         for name in names:
             (root / name).mkdir(mode=0o755)

@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
-from hpcctr.containerd.client import Containerd
+import os
+
+# grpc reads this when it is imported, and else writes of every lost connection on the standard error of whoever ran us.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251
+
+from hpcctr.containerd.client import Containerd  # noqa: E402
 
 __all__ = ["Containerd"]

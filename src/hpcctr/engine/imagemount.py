@@ -90,9 +90,8 @@ class ImageMounts:
             with self._lock:
                 if entry.users:
                     return
-            if entry.is_mounted:
-                self._take_down(name)
-                entry.is_mounted = False
+            self._take_down(name)
+            entry.is_mounted = False
             with self._lock:
                 if not entry.users:
                     self._mounts.pop(name, None)

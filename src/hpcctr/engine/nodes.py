@@ -7,9 +7,7 @@ which the kernel gives back when an engine dies in whatever way.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import secrets
 import sys
 import threading
@@ -18,17 +16,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from hpcctr.containerd.client import Containerd, ContainerEntry, TaskState
+from hpcctr.containerd.client import Containerd
 from hpcctr.context import Caller
+from hpcctr.engine.adopt import clear_after_direct_engines, survivors
 from hpcctr.engine.imagemount import ImageMounts
-from hpcctr.engine.members import Members, members_in_proc
-from hpcctr.engine.node import LABEL_DIGEST, LABEL_KEY, LABEL_OWNER, LABEL_UID, NodeBuilder, NodeContainer
-from hpcctr.engine.state import StateDirectory, dead_siblings, unmount_all
-from hpcctr.errors import DeadlinePassed, EngineBusy, HpcctrError
+from hpcctr.engine.members import Members
+from hpcctr.engine.node import LABEL_OWNER, NodeBuilder, NodeContainer
+from hpcctr.engine.state import StateDirectory
+from hpcctr.errors import DeadlinePassed, EngineBusy, EngineUnreachable, HpcctrError
 from hpcctr.policy.grant import Grant
 from hpcctr.site import Site
 
-_CONTAINER_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
 #: Seconds somebody waits for a container another caller is building; longer than all deadlines of building together.
 _BUILD_SECONDS = 180.0
 #: Seconds until what could not be removed is tried again.
@@ -82,9 +80,8 @@ class NodeContainers:
             if self._watcher is not None:
                 return
             self._state.claim()
-            self._clear_after_direct_engines()
-            entries = self._containerd.list_containers(label=LABEL_OWNER, value=self._owner)
-            self._take_over(sorted(entries, key=lambda entry: entry.created, reverse=True))
+            clear_after_direct_engines(self._builder, self._state)
+            self._take_over()
             self._sweep()
             self._watcher = threading.Thread(target=self._watch, name="node-containers", daemon=True)
             self._watcher.start()
@@ -98,6 +95,8 @@ class NodeContainers:
         self.adopt()
         key = grant.key
         with self._lock:
+            if self._is_closing:
+                raise EngineUnreachable("the engine is stopping", hint="try again when it has started")
             slot = self._slots.get(key)
             if slot is not None and slot.container is not None:
                 if slot.idle_since is not None:
@@ -200,29 +199,37 @@ class NodeContainers:
     # watching and removing
 
     def _watch(self) -> None:
-        while True:
-            lost = self._members.wait(self._seconds_to_sleep())
-            now = time.monotonic()
-            expired = []
-            with self._lock:
-                if self._is_closing:
-                    return
-                for slot in list(self._slots.values()):
-                    if slot.container_id in lost and not self._members.pids(slot.container_id):
-                        slot.idle_since = now
-                    if slot.idle_since is not None and slot.idle_since + self._site.linger_seconds <= now:
-                        self._leave(slot)
-                        expired.append(slot)
-                is_retry = self._retry_at is not None and self._retry_at <= now
-                if is_retry:
-                    self._retry_at = None
-            for slot in expired:
-                self._remove(slot)
+        while self._attend(self._members.wait(self._seconds_to_sleep())):
+            pass
+
+    def _attend(self, lost: set[str]) -> bool:
+        """One round of the watcher; False at the end.
+
+        A function of its own: a variable of the watcher's loop would keep the last removed container, and with it its
+        namespace and the image's loop device, until the next round.
+        """
+        now = time.monotonic()
+        expired = []
+        with self._lock:
+            if self._is_closing:
+                return False
+            for slot in list(self._slots.values()):
+                if slot.container_id in lost and not self._members.pids(slot.container_id):
+                    slot.idle_since = now
+                if slot.idle_since is not None and slot.idle_since + self._site.linger_seconds <= now:
+                    self._leave(slot)
+                    expired.append(slot)
+            is_retry = self._retry_at is not None and self._retry_at <= now
             if is_retry:
-                try:
-                    self._sweep()
-                except (HpcctrError, OSError):
-                    self._retry_later()
+                self._retry_at = None
+        for slot in expired:
+            self._remove(slot)
+        if is_retry:
+            try:
+                self._sweep()
+            except (HpcctrError, OSError):
+                self._retry_later()
+        return True
 
     def _seconds_to_sleep(self) -> float | None:
         with self._lock:
@@ -262,12 +269,25 @@ class NodeContainers:
             if self._retry_at is None:
                 self._retry_at = time.monotonic() + _RETRY_SECONDS
 
+    def _take_over(self) -> None:
+        with self._lock:
+            known = {slot.container_id for slot in self._slots.values()}
+        for container, members in survivors(self._builder, known=known):
+            slot = _Slot(uid=container.uid, container_id=container.container_id, container=container)
+            slot.ready.set_result(container)
+            with self._lock:
+                self._slots[container.key] = slot
+            for pid, pidfd in members:
+                self._members.add(container.container_id, pid=pid, pidfd=pidfd)
+
     def _sweep(self) -> None:
-        """Remove everything of this owner that is in no slot."""
-        entries = self._containerd.list_containers(label=LABEL_OWNER, value=self._owner)
-        for entry in entries:
+        """Remove everything of this owner that is in no slot; what cannot be removed now is tried again later."""
+        for entry in self._containerd.list_containers(label=LABEL_OWNER, value=self._owner):
             if not self._is_known(entry.container_id):
-                self._builder.take_down_in_containerd(entry.container_id)
+                try:
+                    self._builder.take_down_in_containerd(entry.container_id)
+                except HpcctrError:
+                    self._retry_later()
         for name in os.listdir(self._state.containers):
             if not self._is_known(name):
                 self._builder.take_down_mount(name)
@@ -278,71 +298,6 @@ class NodeContainers:
             return container_id in self._leaving or any(
                 slot.container_id == container_id for slot in self._slots.values()
             )
-
-    # after another engine
-
-    def _take_over(self, entries: list[ContainerEntry]) -> None:
-        """Make slots of the containers that have living members and can be entered, the newest of each key."""
-        plausible = [
-            entry
-            for entry in entries
-            if _CONTAINER_ID.fullmatch(entry.container_id)
-            and entry.container_id.startswith(entry.labels.get(LABEL_KEY, "?") + "-")
-            and entry.labels.get(LABEL_UID, "").isdecimal()
-            and not self._is_known(entry.container_id)
-        ]
-        tasks = {entry.container_id: self._containerd.find_task(entry.container_id) for entry in plausible}
-        uppers = {self._builder.upper(entry.container_id): entry for entry in plausible}
-        if not uppers:
-            return
-        # From here on nothing outside is asked: a failure would leave half of it done.
-        found = members_in_proc({upper: int(entry.labels[LABEL_UID]) for upper, entry in uppers.items()})
-        populated = {uppers[upper].container_id for upper, _, _ in found}
-        for entry in plausible:
-            if entry.container_id in populated and entry.labels[LABEL_KEY] not in self._slots:
-                container = self._enterable(entry, tasks[entry.container_id])
-                if container is not None:
-                    slot = _Slot(uid=container.uid, container_id=container.container_id, container=container)
-                    slot.ready.set_result(container)
-                    self._slots[container.key] = slot
-        for upper, pid, pidfd in found:
-            container_id = uppers[upper].container_id
-            if self._is_known(container_id):
-                self._members.add(container_id, pid=pid, pidfd=pidfd)
-            else:
-                os.close(pidfd)
-
-    def _enterable(self, entry: ContainerEntry, task: TaskState | None) -> NodeContainer | None:
-        """The container of a record, when its namespace can still be had; a dead anchor means building anew."""
-        if task is None or not task.is_created:
-            return None
-        with contextlib.suppress(HpcctrError, OSError):
-            image_mount = self._builder.image_mount_of(entry.container_id)
-            namespace = self._builder.open_namespace(entry.container_id, task.pid)
-            container = NodeContainer(
-                container_id=entry.container_id,
-                key=entry.labels[LABEL_KEY],
-                uid=int(entry.labels[LABEL_UID]),
-                image_digest=entry.labels.get(LABEL_DIGEST, ""),
-                namespace=namespace,
-                image_mount=image_mount,
-                created=entry.created,
-            )
-            self._images.adopt(image_mount)
-            return container
-        return None
-
-    def _clear_after_direct_engines(self) -> None:
-        """Remove what direct engines that were killed left: those whose state directory nobody has locked, or has gone."""
-        for path, owner in dead_siblings(self._state):
-            for entry in self._containerd.list_containers(label=LABEL_OWNER, value=owner):
-                self._builder.take_down_in_containerd(entry.container_id)
-            unmount_all(path)
-        # Records outlive a reboot, the directory does not. A living engine has its directory before its first record.
-        for entry in self._containerd.list_containers(label=LABEL_OWNER):
-            owner = entry.labels[LABEL_OWNER]
-            if owner != self._owner and self._state.is_gone(owner):
-                self._builder.take_down_in_containerd(entry.container_id)
 
 
 def _result_of_another(ready: Future[NodeContainer]) -> NodeContainer:

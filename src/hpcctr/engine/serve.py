@@ -55,7 +55,7 @@ class Gateway:
             try:
                 self._enter_session(caller.uid)
             except EngineBusy as error:
-                session.refuse(peer, caller, error)
+                session.refuse(self._door, peer, caller, error)
                 os.close(caller.pidfd)
                 return
             try:

@@ -50,23 +50,23 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
         enter = _enter_of(door.site)
         if request.explain:
             peer.sendall(_reply(grant, door.site).pack())
-            audit("explained", caller, grant)
+            _audit(door, "explained", caller, grant)
             return
         container = build(grant, door.site, door.nodes)
         peer.sendall(_reply(grant, door.site).pack())
     except HpcctrError as error:
-        refuse(peer, caller, error)
+        refuse(door, peer, caller, error)
         return
     except OSError:
         # Gone, or too slow to say what it wants: there is nobody to answer.
-        audit("left", caller)
+        _audit(door, "left", caller)
         return
     _hand_over(door, peer, caller, grant, container, enter)
 
 
-def refuse(peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
+def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
     """Answer a request with an error."""
-    audit("refused", caller, error=error)
+    _audit(door, "refused", caller, error=error)
     _try_to_send(peer, _error_frame(error).pack())
 
 
@@ -82,12 +82,12 @@ def _hand_over(
         caller.require_enter(enter, permitted=CAP_SYS_ADMIN | CAP_SYS_CHROOT)
         door.nodes.join(container, caller)
         socket.send_fds(peer, [b"\0"], [container.namespace])
-        audit("granted", caller, grant)
+        _audit(door, "granted", caller, grant)
     except HpcctrError as error:
-        audit("refused", caller, grant, error=error)
+        _audit(door, "refused", caller, grant, error=error)
         _try_to_send(peer, bytes([error.exit_status]) + os.fsencode(error.for_stderr())[:4000])
     except OSError:
-        audit("left", caller, grant)
+        _audit(door, "left", caller, grant)
 
 
 def _receive_request(peer: socket.socket) -> Frame:
@@ -166,8 +166,10 @@ def _try_to_send(peer: socket.socket, packet: bytes) -> None:
         pass  # the caller has gone; the audit line is written
 
 
-def audit(outcome: str, caller: Caller, grant: Grant | None = None, *, error: HpcctrError | None = None) -> None:
-    """One line per decision on stderr (the journal). Words that a request could influence are quoted."""
+def _audit(door: Door, outcome: str, caller: Caller, grant: Grant | None = None, *, error: HpcctrError | None = None) -> None:
+    """The gateway's line per decision on stderr (the journal). Words that a request could influence are quoted."""
+    if not door.is_gateway:
+        return
     words = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}"]
     if grant is not None:
         words.append(

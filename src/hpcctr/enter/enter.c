@@ -15,7 +15,7 @@
 #endif
 _Static_assert(sizeof(HPCCTR_ENGINE_SOCKET) <= UNIX_PATH_MAX, "the engine's socket path does not fit a sockaddr_un");
 
-enum { ANSWER_SECONDS = 60, MAX_ANSWER = 1 + 4096 };
+enum { AUTOBIND_LENGTH = 6, ANSWER_SECONDS = 60, MAX_ANSWER = 1 + 4096 };
 
 #define ASK_ENGINE "systemctl status hpcctr-engine"
 
@@ -42,7 +42,8 @@ static bool is_root_behind_socket(void)
 /*
  * SO_PEERCRED tells who called listen(2), and any daemon started by root would pass; so the peer must also have the
  * engine's name, which only root can bind, in a directory only root can make. A half of a socketpair has no name and is
- * taken from root only, whose hpcctr is an engine itself.
+ * taken from root only, whose hpcctr is an engine itself. The kernel names it when the engine, which wants credentials,
+ * sends on it: a zero byte and five digits (unix_autobind in net/unix/af_unix.c).
  */
 static bool is_engine_behind_socket(void)
 {
@@ -52,7 +53,8 @@ static bool is_engine_behind_socket(void)
 
     if (error < 0 || name.sun_family != AF_UNIX)
         return false;
-    if (length == offsetof(struct sockaddr_un, sun_path))
+    if (length == offsetof(struct sockaddr_un, sun_path) ||
+        (length == offsetof(struct sockaddr_un, sun_path) + AUTOBIND_LENGTH && name.sun_path[0] == '\0'))
         return sys1(__NR_getuid, 0) == 0;
     return length == offsetof(struct sockaddr_un, sun_path) + sizeof(HPCCTR_ENGINE_SOCKET) &&
            equal(name.sun_path, HPCCTR_ENGINE_SOCKET);

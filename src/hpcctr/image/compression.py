@@ -1,8 +1,8 @@
-"""Layers come compressed: gzip (several members), zstd (several frames), or not at all. The first bytes tell, not the media type.
+"""Layers come compressed: gzip (several members), zstd (several frames), or not at all. The first bytes tell, not the
+media type.
 
-Output arrives in chunks of bounded size, so a bomb costs time and never memory; what ends early is caught by the tar stream
-and by the digest of the uncompressed layer.
-"""
+Output arrives in chunks of bounded size, so a bomb costs time and never memory; what ends early is caught by the tar
+stream and by the digest of the uncompressed layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ByteSource(Protocol):
 
 
 def decompressed(source: ByteSource, what: str) -> Iterator[bytes]:
-    """The content of ``source`` in chunks of at most :data:`CHUNK`. Raises :class:`ImageBroken`; ``what`` names the source."""
+    """The content of ``source`` in chunks of at most :data:`CHUNK`. Raises :class:`ImageBroken`; ``what`` names the
+    source."""
     head = _Headed(source)
     if head.first.startswith(_GZIP):
         return _gunzip(head, what)
@@ -37,7 +38,9 @@ def decompressed(source: ByteSource, what: str) -> Iterator[bytes]:
         return _unzstd(head, what)
     for magic, name in _OTHERS.items():
         if head.first.startswith(magic):
-            raise ImageBroken(f"{what} is compressed with {name}", hint="OCI images have gzip, zstd or uncompressed layers")
+            raise ImageBroken(
+                f"{what} is compressed with {name}", hint="OCI images have gzip, zstd or uncompressed layers"
+            )
     return iter(lambda: head.read(CHUNK), b"")
 
 
@@ -79,7 +82,7 @@ def _gunzip(source: _Headed, what: str) -> Iterator[bytes]:
                     out = member.decompress(b"", CHUNK)
                     if out:
                         yield out
-            except (IsalError, EOFError) as error:
+            except (IsalError, EOFError) as error:  # type: ignore[misc] # its stub calls the class an instance
                 raise ImageBroken(f"{what} is not valid gzip: {error}") from None
             raw = b""
             if member.eof:

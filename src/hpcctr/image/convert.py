@@ -1,9 +1,9 @@
 """From a tar stream to the image file: a squashfs written by tar2sqfs, or by mksquashfs where that is missing.
 
 The writer parses what came from an image. Started by root it runs as the unprivileged account 65534 without groups,
-capabilities, network or the right to gain privileges, with nothing open but the stream, a log and the output file. That file
-lies in a directory only root can enter, belongs to the writer while it writes, and is taken back afterwards.
-"""
+capabilities, network or the right to gain privileges, with nothing open but the stream, a log and the output file.
+That file lies in a directory only root can enter, belongs to the writer while it writes, and is taken back
+afterwards."""
 
 from __future__ import annotations
 
@@ -46,10 +46,44 @@ class Tool:
     def argv(self, output: str) -> list[str]:
         """The command line. Both write the same for the same stream, whatever the number of processors and the time."""
         if self.name == "tar2sqfs":
-            options = ["--quiet", "--force", "--no-skip", "--compressor", "zstd", "--comp-extra", f"level={_ZSTD_LEVEL}"]
+            options = [
+                "--quiet",
+                "--force",
+                "--no-skip",
+                "--compressor",
+                "zstd",
+                "--comp-extra",
+                f"level={_ZSTD_LEVEL}",
+            ]
             return [self.path, *options, "--block-size", str(BLOCK_SIZE), output]
-        options = ["-tar", "-noappend", "-quiet", "-no-progress", "-comp", "zstd", "-Xcompression-level", str(_ZSTD_LEVEL)]
-        return [self.path, "-", output, *options, "-b", str(BLOCK_SIZE), "-mkfs-time", "0", "-root-time", "0", "-root-mode", "0755"]
+        options = [
+            "-tar",
+            "-noappend",
+            "-quiet",
+            "-no-progress",
+            "-comp",
+            "zstd",
+            "-Xcompression-level",
+            str(_ZSTD_LEVEL),
+        ]
+        return [
+            self.path,
+            "-",
+            output,
+            *options,
+            "-b",
+            str(BLOCK_SIZE),
+            "-mkfs-time",
+            "0",
+            "-root-time",
+            "0",
+            "-root-mode",
+            "0755",
+            "-root-uid",
+            "0",
+            "-root-gid",
+            "0",
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +167,9 @@ def _run(tool: Tool, output: int, log: int, directory: str, produce: Callable[[C
             pass_fds=[output],
             cwd="/",
             # tar2sqfs takes the time in the superblock from it (squashfs-tools-ng, NEWS of 0.9).
-            env={"PATH": _PATH, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"} if tool.name == "tar2sqfs" else {"PATH": _PATH, "LC_ALL": "C"},
+            env={"PATH": _PATH, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"}
+            if tool.name == "tar2sqfs"
+            else {"PATH": _PATH, "LC_ALL": "C"},
             bufsize=0,
         )
     except OSError as error:
@@ -189,17 +225,20 @@ def _require_squashfs(output: int, tool: Tool) -> None:
     if len(head) == 96:
         magic, _, _, block_size, _, compression, _, _, _, major, minor = struct.unpack_from("<4sIIIIHHHHHH", head)
         (used,) = struct.unpack_from("<Q", head, 40)
-        if (magic, block_size, compression, major, minor) == (b"hsqs", BLOCK_SIZE, 6, 4, 0) and used <= os.fstat(output).st_size:
+        if (magic, block_size, compression, major, minor) == (b"hsqs", BLOCK_SIZE, 6, 4, 0) and used <= os.fstat(
+            output
+        ).st_size:
             return
     raise ConversionFailed(f"{tool.name} wrote no zstd squashfs of blocks of {BLOCK_SIZE} bytes", hint=_MISSING_HINT)
 
 
 def _take_back(output: int, path: str) -> None:
-    """Make the file root's alone, and ``output`` a descriptor of it, or of a copy when somebody may still be able to write it.
+    """Make the file root's alone, and ``output`` a descriptor of it, or of a copy when somebody may still be able to
+    write it.
 
-    Other programs of account 65534 could have got a descriptor through the writer's /proc. A read lease is granted only when
-    nobody has the file open for writing (fcntl(2), F_SETLEASE), and nobody can open it any more once it is root's.
-    """
+    Other programs of account 65534 could have got a descriptor through the writer's /proc. A read lease is granted
+    only when nobody has the file open for writing (fcntl(2), F_SETLEASE), and nobody can open it any more once it is
+    root's."""
     os.fchown(output, 0, 0)
     os.fchmod(output, 0o600)
     reading = os.open(f"/proc/self/fd/{output}", os.O_RDONLY | os.O_CLOEXEC)

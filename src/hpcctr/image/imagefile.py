@@ -1,8 +1,8 @@
-"""The image file as the engine gets it: a descriptor of a file that nobody but root and the store's owner can have written.
+"""The image file as the engine gets it: a descriptor of a file that nobody but root and the store's owner can have
+written.
 
-Root mounts this file, and a squashfs is parsed by the kernel: whoever can write it attacks the kernel. Everything is opened
-first and looked at through its descriptor; the other way round another file could be slipped in between.
-"""
+Root mounts this file, and a squashfs is parsed by the kernel: whoever can write it attacks the kernel. Everything is
+opened first and looked at through its descriptor; the other way round another file could be slipped in between."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _HINTS = {
 def open_image_file(store_path: str, image: StoredImage) -> int:
     """A read-only descriptor of the image's file; the caller closes it.
 
-    Refused when the file, a directory from the store's root on, or one above it can be changed by anybody but root and the
-    store's owner. Above the root a directory that others can write is fine when it is sticky, as /tmp is.
-    Raises :class:`StoreUnusable` naming the path, and :class:`ImageBroken` for a file that is not the size that was published.
-    """
+    Refused when the file, a directory from the store's root on, or one above it can be changed by anybody but root
+    and the store's owner. Above the root a directory that others can write is fine when it is sticky, as /tmp is.
+    Raises :class:`StoreUnusable` naming the path, and :class:`ImageBroken` for a file that is not the size that was
+    published."""
     again = f"hpcctr rm {image.record.digest}; then pull the image again"
     parts = image.path.removeprefix(f"{store_path}/").split("/")
     if not image.path.startswith(f"{store_path}/") or any(part in ("", ".", "..") for part in parts):
@@ -90,8 +90,9 @@ def _require_untamperable(path: str, status: os.stat_result, owner: int) -> None
 
 
 def _tamperable(path: str, status: os.stat_result) -> StoreUnusable:
+    access = f"uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"
     return StoreUnusable(
-        f"{path} can be changed by others than the store's owner (uid {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o})",
+        f"{path} can be changed by others than the store's owner ({access})",
         hint=f"chown root {path} && chmod go-w {path}",
     )
 

@@ -1,8 +1,7 @@
 """Which processor an image is for, and which images a node can run.
 
-Words and defaults: OCI image-spec ``image-index.md`` (platform variants) and Go's GOARCH. A variant names a minimum, so a node
-also runs what asks for less.
-"""
+Words and defaults: OCI image-spec ``image-index.md`` (platform variants) and Go's GOARCH. A variant names a minimum,
+so a node also runs what asks for less."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ _OTHER_NAMES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "i386"
 
 
 def normal(platform: Platform) -> Platform:
-    """The same platform in one spelling: other names of an architecture replaced, the variant left out where it is implied."""
+    """The same platform in one spelling: other names of an architecture replaced, the variant left out where it is
+    implied."""
     architecture = _OTHER_NAMES.get(platform.architecture.lower(), platform.architecture.lower())
     variant = platform.variant.lower()
     if variant.isdigit():

@@ -1,9 +1,8 @@
 """Writing the store: new images and names, and taking them away.
 
-Safe on NFS and Lustre: no lock, nothing rewritten in place. A file is written under another name, flushed with its directory,
-and renamed; a reader sees the old or the new one. An image's directory is renamed as a whole, and whoever comes second finds
-it there already: the same digest is the same image, so the first one stays.
-"""
+Safe on NFS and Lustre: no lock, nothing rewritten in place. A file is written under another name, flushed with its
+directory, and renamed; a reader sees the old or the new one. An image's directory is renamed as a whole, and whoever
+comes second finds it there already: the same digest is the same image, so the first one stays."""
 
 from __future__ import annotations
 
@@ -24,6 +23,7 @@ from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, St
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
 from hpcctr.image.store import IMAGE_FILE, RECORD_FILE, SCHEMA, Store
 
+_READABLE = 0o755
 #: Meanings of a name that are remembered.
 _HISTORY_MAX = 100
 #: Seconds after which an unfinished pull in tmp/ has surely been abandoned.
@@ -31,8 +31,14 @@ _ABANDONED_AFTER = 7 * 24 * 3600
 
 
 def require_writable(path: str) -> None:
-    """Make the store's directories that are missing. Raises :class:`StoreUnusable` when nothing can be written there."""
-    for directory, mode in ((path, 0o755), (f"{path}/images", 0o755), (f"{path}/names", 0o755), (f"{path}/tmp", 0o700)):
+    """Make the store's directories that are missing. Raises :class:`StoreUnusable` when nothing can be written
+    there."""
+    for directory, mode in (
+        (path, 0o755),
+        (f"{path}/images", 0o755),
+        (f"{path}/names", 0o755),
+        (os.path.join(path, "tmp"), 0o700),
+    ):
         try:
             _make_directories("/", directory, mode)
         except OSError as error:
@@ -47,7 +53,7 @@ def require_writable(path: str) -> None:
 def workspace(store: Store) -> Iterator[str]:
     """A directory below the store's tmp/ that only this uid can enter, gone afterwards whatever happens."""
     _drop_abandoned(store)
-    path = f"{store.path}/tmp/{os.getpid()}-{secrets.token_hex(8)}"
+    path = _temporary(store, "pull")
     try:
         os.mkdir(path, 0o700)
     except OSError as error:
@@ -72,7 +78,7 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         os.chmod(f"{made}/{IMAGE_FILE}", 0o644)
         _flush(f"{made}/{IMAGE_FILE}")
         _write(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
-        os.chmod(made, 0o755)
+        os.chmod(made, _READABLE)
         _flush(made)
         try:
             os.rename(made, target)
@@ -85,15 +91,16 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
     return store.image(record.digest)
 
 
-def set_name(store: Store, named: ImageRef, platform: Platform, digest: str) -> None:
-    """Let ``named`` mean ``digest`` from now on. A name that means it already keeps its record."""
+def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, source: str) -> None:
+    """Let ``named`` mean ``digest`` from now on. A name that means it already, from the same source, keeps its
+    record."""
     earlier = store.name_record(named, platform)
-    if earlier is not None and earlier.history[0].digest == digest:
+    if earlier is not None and (earlier.history[0].digest, earlier.history[0].source) == (digest, source):
         return
-    entry = NameEntry(digest=digest, since=now())
+    entry = NameEntry(digest=digest, since=now(), source=source)
     history = (entry, *(earlier.history if earlier else ()))[:_HISTORY_MAX]
     path = store.name_file(named, platform)
-    temporary = f"{store.path}/tmp/name-{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = _temporary(store, "name")
     record = NameRecord(schema=SCHEMA, name=str(named), history=history)
     try:
         _make_directories(store.path, os.path.dirname(path))
@@ -118,8 +125,8 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def remove(store: Store, text: str, platform: Platform | None = None) -> Removed:
-    """Take a name away, on ``platform`` or on every one, and its image when no other name means it; or by digest, an image
-    with all its names.
+    """Take a name away, on ``platform`` or on every one, and its image when no other name means it; or by digest, an
+    image with all its names.
 
     A program that runs in the image keeps it: the file lives on until it is unmounted.
     Raises :class:`ImageNotInStore`, :class:`StoreUnusable`.
@@ -146,7 +153,9 @@ def remove(store: Store, text: str, platform: Platform | None = None) -> Removed
         if size is not None:
             gone.append(digest)
             freed += size
-    return Removed(names=tuple(f"{name} ({its_platform})" for name, its_platform, _ in doomed), digests=tuple(gone), freed=freed)
+    return Removed(
+        names=tuple(f"{name} ({its_platform})" for name, its_platform, _ in doomed), digests=tuple(gone), freed=freed
+    )
 
 
 def now() -> str:
@@ -168,9 +177,10 @@ def _unlink_name(store: Store, path: str) -> None:
 
 
 def _remove_image(store: Store, digest: str) -> int | None:
-    """The size of the removed file; None when there was none. The directory leaves by one rename, so nobody finds half of it."""
+    """The size of the removed file; None when there was none. The directory leaves by one rename, so nobody finds
+    half of it."""
     directory = store.image_directory(digest)
-    going = f"{store.path}/tmp/gone-{os.getpid()}-{secrets.token_hex(8)}"
+    going = _temporary(store, "gone")
     try:
         size = os.stat(f"{directory}/{IMAGE_FILE}").st_size
     except OSError:
@@ -184,6 +194,11 @@ def _remove_image(store: Store, digest: str) -> int | None:
         raise store_unusable(directory, error) from None
     shutil.rmtree(going, ignore_errors=True)
     return size
+
+
+def _temporary(store: Store, what: str) -> str:
+    """A new path below tmp/ that nobody else uses."""
+    return os.path.join(store.path, "tmp", f"{what}-{os.getpid()}-{secrets.token_hex(8)}")
 
 
 def _make_directories(top: str, directory: str, mode: int = 0o755) -> None:
@@ -220,7 +235,7 @@ def _flush(path: str) -> None:
 def _drop_abandoned(store: Store) -> None:
     """What pulls that were killed left in tmp/ a week ago."""
     with contextlib.suppress(OSError, HpcctrError):
-        for entry in os.scandir(f"{store.path}/tmp"):
+        for entry in os.scandir(os.path.join(store.path, "tmp")):
             if entry.stat(follow_symlinks=False).st_mtime < time.time() - _ABANDONED_AFTER:
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)

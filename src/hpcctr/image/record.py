@@ -72,6 +72,8 @@ class NameEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     digest: str
     #: RFC 3339, UTC: from when on the name meant this digest.
     since: str
+    #: What was pulled then, as :class:`hpcctr.image.reference.ImageRef` prints it.
+    source: str = ""
 
 
 class NameRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,9 +5,10 @@
     docker-archive:FILE                                 what ``docker save`` writes
     oci:DIR[:ref]                                       an OCI image layout in a directory
 
-Registry names follow the rules of docker: a first component with neither dot nor colon that is not ``localhost`` belongs to
-the repository, the registry is then docker.io, and a single component is one of ``library/``. Syntax of the components: the
-grammar of the distribution project (its ``reference`` package) and OCI image-spec ``descriptor.md`` for digests.
+Registry names follow the rules of docker: a first component with neither dot nor colon that is not ``localhost``
+belongs to the repository, the registry is then docker.io, and a single component is one of ``library/``. Syntax of
+the components: the grammar of the distribution project (its ``reference`` package) and OCI image-spec
+``descriptor.md`` for digests.
 
 Imports nothing but the standard library: it is part of finding an image.
 """
@@ -66,7 +67,8 @@ class ImageRef:
     digest: str = ""
     #: File or directory of the other transports, as typed.
     path: str = ""
-    #: Which image of a layout: the value of its annotation ``org.opencontainers.image.ref.name``; empty for the only one.
+    #: Which image of a layout: the value of its annotation ``org.opencontainers.image.ref.name``; empty for the only
+    #: one.
     layout_ref: str = ""
 
     @classmethod
@@ -122,7 +124,11 @@ class ImageRef:
         if (colon or tag) and not _TAG.fullmatch(tag):
             raise _wrong(text, f"has no valid tag: {tag!r}")
         return cls(
-            transport="docker", registry=registry, repository=path, tag=tag or ("" if digest else DEFAULT_TAG), digest=digest
+            transport="docker",
+            registry=registry,
+            repository=path,
+            tag=tag or ("" if digest else DEFAULT_TAG),
+            digest=digest,
         )
 
     def __str__(self) -> str:
@@ -158,9 +164,9 @@ class ImageRef:
     def name_in_store(self) -> ImageRef:
         """The name an image gets when nobody gives it one.
 
-        Its own for an image of a registry, without the tag when a digest decides. For a file ``localhost/STEM:latest``, or the
-        tag the layout reference ends in: only what was typed, never what the file says of itself.
-        """
+        Its own for an image of a registry, without the tag when a digest decides. For a file
+        ``localhost/STEM:latest``, or the tag the layout reference ends in: only what was typed, never what the file
+        says of itself."""
         if not self.is_file:
             return replace(self, tag="") if self.digest else self
         stem = Path(self.path).absolute().name.lower()

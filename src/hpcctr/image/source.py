@@ -1,12 +1,10 @@
 """From a source's documents to one image: index → manifest → config → layers, every step checked by digest and size.
 
-Formats: OCI image-spec ``image-index.md``, ``manifest.md``, ``config.md``; Docker's manifest list and schema 2, which have the
-same shape. What the documents say is untrusted until it is a :class:`SourceImage`.
-"""
+Formats: OCI image-spec ``image-index.md``, ``manifest.md``, ``config.md``; Docker's manifest list and schema 2, which
+have the same shape. What the documents say is untrusted until it is a :class:`SourceImage`."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +13,9 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from hpcctr.errors import ImageBroken, NotAnImage, PlatformMissing
-from hpcctr.image.compression import ByteSource
 from hpcctr.image.platform import acceptable, is_usable, normal
 from hpcctr.image.record import ImageConfig, Platform
+from hpcctr.image.verification import Verification, sha256_of
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -73,9 +71,9 @@ class _Outline(msgspec.Struct, frozen=True, rename="camel"):
     """As much of a document as tells which one it is."""
 
     schema_version: int | None = None
-    manifests: msgspec.Raw | None = None
-    layers: msgspec.Raw | None = None
-    fs_layers: msgspec.Raw | None = None
+    manifests: object = None
+    layers: object = None
+    fs_layers: object = None
 
 
 class _ExecutionConfig(msgspec.Struct, frozen=True, rename="pascal"):
@@ -131,21 +129,30 @@ class BlobSource(Protocol):
 def resolve(source: BlobSource, untrusted_top: bytes, top_digest: str, wanted: Platform, name: str) -> SourceImage:
     """The image for ``wanted`` that a document (index or manifest, its digest already verified) leads to.
 
-    Raises :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`; ``name`` is what messages call the source.
-    """
+    Raises :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`; ``name`` is what messages call the
+    source."""
     return _resolve(source, untrusted_top, top_digest, wanted, name, depth=0)
 
 
 def image_of(
-    untrusted_config: bytes, blobs: list[Descriptor] | None, digest: str, wanted: Platform | None, name: str, *, count: int = 0
+    untrusted_config: bytes,
+    blobs: list[Descriptor] | None,
+    digest: str,
+    wanted: Platform | None,
+    name: str,
+    *,
+    count: int = 0,
 ) -> SourceImage:
-    """The image a config describes, with the layers of its manifest, or ``count`` layers known by their diff ids only."""
+    """The image a config describes, with the layers of its manifest, or ``count`` layers known by their diff ids
+    only."""
     config = parse(untrusted_config, _Config, f"{name}: image config")
     platform = normal(Platform(os=config.os or "linux", architecture=config.architecture, variant=config.variant))
     if not is_usable(platform):
         raise NotAnImage(f"{name}: the image config names no platform of Linux: {platform}")
     if wanted is not None and platform not in acceptable(wanted):
-        raise PlatformMissing(f"{name} is for {platform}, not for {wanted}", hint=f"hpcctr pull --platform {platform} {name}")
+        raise PlatformMissing(
+            f"{name} is for {platform}, not for {wanted}", hint=f"hpcctr pull --platform {platform} {name}"
+        )
     diff_ids = config.rootfs.diff_ids
     layers = [Descriptor(digest="", size=-1)] * count if blobs is None else blobs
     if len(diff_ids) != len(layers):
@@ -195,60 +202,14 @@ def fetch_document(source: BlobSource, descriptor: Descriptor, what: str) -> byt
     return content
 
 
-class Verification:
-    """Digest and size of something, compared with what was promised."""
-
-    def __init__(self, digest: str, size: int, what: str) -> None:
-        self._promised = digest
-        self._size = size
-        self._what = what
-        self._hash = hashlib.new(digest.partition(":")[0]) if digest else None
-        self.count = 0
-
-    def add(self, chunk: bytes) -> None:
-        """Raises :class:`ImageBroken` as soon as there is too much."""
-        self.count += len(chunk)
-        if self._hash is not None:
-            self._hash.update(chunk)
-        if 0 <= self._size < self.count:
-            raise ImageBroken(f"{self._what} is larger than the {self._size} bytes its manifest promises")
-
-    def require_agreement(self) -> None:
-        """Raise :class:`ImageBroken` unless digest and size are as promised."""
-        if 0 <= self._size != self.count:
-            raise ImageBroken(f"{self._what} has {self.count} bytes, its manifest promises {self._size}")
-        if self._hash is not None and self._hash.hexdigest() != self._promised.partition(":")[2]:
-            raise ImageBroken(
-                f"{self._what} has the digest {self._hash.name}:{self._hash.hexdigest()}, promised is {self._promised}",
-                hint="fetch it again; the image may be damaged where it came from",
-            )
-
-
-class VerifiedReader:
-    """A source of bytes that is checked while it is read, and as a whole when it ends."""
-
-    def __init__(self, source: ByteSource, check: Verification) -> None:
-        self._source = source
-        self._check = check
-        self._ended = False
-
-    def read(self, size: int = -1) -> bytes:
-        """Raises :class:`ImageBroken`."""
-        chunk = self._source.read(size)
-        if chunk:
-            self._check.add(chunk)
-        elif not self._ended:
-            self._ended = True
-            self._check.require_agreement()
-        return chunk
-
-
 def _resolve(
     source: BlobSource, untrusted: bytes, digest: str, wanted: Platform, name: str, *, depth: int
 ) -> SourceImage:
     outline = parse(untrusted, _Outline, f"{name}: manifest")
     if outline.schema_version == 1 or outline.fs_layers is not None:
-        raise NotAnImage(f"{name} is in Docker's schema 1", hint="push it again with a current docker, podman or skopeo")
+        raise NotAnImage(
+            f"{name} is in Docker's schema 1", hint="push it again with a current docker, podman or skopeo"
+        )
     if (outline.manifests is None) == (outline.layers is None):
         raise NotAnImage(f"{name} is neither an image nor an index of images")
     if outline.manifests is not None:
@@ -300,9 +261,3 @@ def _choose(
         f"{name} exists for {', '.join(known) or 'no platform of Linux'}, not for {wanted}",
         hint=f"hpcctr pull --platform {known[0]} {name}" if known else "",
     )
-
-
-def sha256_of(content: bytes) -> str:
-    """``sha256:<64 hex>`` of some bytes."""
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
-

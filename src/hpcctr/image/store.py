@@ -5,10 +5,10 @@
     STORE/names/<registry>/<repository>/<tag>.<arch>.json     :class:`hpcctr.image.record.NameRecord`
     STORE/tmp/                                     what is being written; never read
 
-A digest's colon is written ``-``: a colon ends a directory in overlayfs options. A name that is a digest (``repo@sha256:…``) has
-the file word ``@sha256-<hex>``, which no tag can be. Nothing here is written in place, so a reader needs no lock: it sees the
-old or the new file. Writing is :mod:`hpcctr.image.publish`. This module imports only the standard library and msgspec.
-"""
+A digest's colon is written ``-``: a colon ends a directory in overlayfs options. A name that is a digest
+(``repo@sha256:…``) has the file word ``@sha256-<hex>``, which no tag can be. Nothing here is written in place, so a
+reader needs no lock: it sees the old or the new file. Writing is :mod:`hpcctr.image.publish`. This module imports
+only the standard library and msgspec."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ _RECORD_SIZE_MAX = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class StoredName:
-    """One line of ``hpcctr images``: a name, the platform, and the image both mean. ``image`` is None once it was removed."""
+    """One line of ``hpcctr images``: a name, the platform, and the image both mean. ``image`` is None once it was
+    removed."""
 
     name: str
     platform: Platform
@@ -67,7 +68,8 @@ class Store:
                 raise StoreUnusable(f"store {path} is not a directory", hint="set store in /etc/hpcctr/site.toml")
         except FileNotFoundError:
             raise StoreUnusable(
-                f"store {path} does not exist", hint="the first hpcctr pull by its administrator makes it; or set store in site.toml"
+                f"store {path} does not exist",
+                hint="the first hpcctr pull by its administrator makes it; or set store in site.toml",
             ) from None
         except OSError as error:
             raise store_unusable(path, error) from None
@@ -87,7 +89,8 @@ class Store:
     # finding
 
     def find(self, text: str, platform: Platform | None = None) -> StoredImage:
-        """The image that a name or a digest (whole, or at least twelve digits) means on ``platform``; default: this node's.
+        """The image that a name or a digest (whole, or at least twelve digits) means on ``platform``; default: this
+        node's.
 
         Raises :class:`ImageNotInStore`, :class:`PlatformMissing`, :class:`ReferenceWrong`, :class:`StoreUnusable`.
         """
@@ -104,7 +107,8 @@ class Store:
         if record is None:
             return self._find_unnamed(ref, named, wanted)
         image = self._image_or_none(record.history[0].digest, name=str(named))
-        if image is None or (ref.is_file and image.record.source != str(ref.absolute())):
+        # The name of a file's image is made of the file's own name: another file of that name is another image.
+        if image is None or (ref.is_file and record.history[0].source != source_text(ref)):
             raise self._not_in_store(ref)
         return image
 
@@ -123,7 +127,9 @@ class Store:
         """The image of a whole digest. Raises :class:`ImageNotInStore`."""
         image = self._image_or_none(digest, name=name or digest)
         if image is None:
-            raise ImageNotInStore(f"{digest} is not in the store {self.path}", hint="hpcctr images; hpcctr pull NAME@DIGEST")
+            raise ImageNotInStore(
+                f"{digest} is not in the store {self.path}", hint="hpcctr images; hpcctr pull NAME@DIGEST"
+            )
         return image
 
     def name_record(self, named: ImageRef, platform: Platform) -> NameRecord | None:
@@ -197,7 +203,8 @@ class Store:
     # inside
 
     def _find_unnamed(self, ref: ImageRef, named: ImageRef, wanted: Platform) -> StoredImage:
-        """What is left when no record has the name: a manifest digest that came under another name, or the right error."""
+        """What is left when no record has the name: a manifest digest that came under another name, or the right
+        error."""
         if ref.digest:
             image = self._image_or_none(ref.digest, name=str(named))
             if image is not None:
@@ -220,18 +227,25 @@ class Store:
             return []
         except OSError as error:
             raise store_unusable(directory, error) from None
-        words = [entry[len(beginning) : -len(".json")] for entry in found if entry.startswith(beginning) and entry.endswith(".json")]
+        words = [
+            entry[len(beginning) : -len(".json")]
+            for entry in found
+            if entry.startswith(beginning) and entry.endswith(".json")
+        ]
         return [of_file_word(word) for word in sorted(words) if word and "." not in word]
 
     def _require_platform(self, image: StoredImage, wanted: Platform, text: str) -> StoredImage:
         if image.record.platform not in acceptable(wanted):
             raise PlatformMissing(
-                f"image {text} is for {image.record.platform}, not for {wanted}", hint=f"--platform {image.record.platform}"
+                f"image {text} is for {image.record.platform}, not for {wanted}",
+                hint=f"--platform {image.record.platform}",
             )
         return image
 
     def _not_in_store(self, ref: ImageRef) -> ImageNotInStore:
-        return ImageNotInStore(f"image {ref.familiar} is not in the store {self.path}", hint=f"hpcctr pull {ref.familiar}")
+        return ImageNotInStore(
+            f"image {ref.familiar} is not in the store {self.path}", hint=f"hpcctr pull {ref.familiar}"
+        )
 
     def _image_or_none(self, digest: str, *, name: str) -> StoredImage | None:
         directory = self.image_directory(digest)
@@ -261,6 +275,11 @@ class Store:
         if len(raw) > _RECORD_SIZE_MAX:
             raise _damaged(path, f"it is larger than {_RECORD_SIZE_MAX} bytes")
         return raw
+
+
+def source_text(ref: ImageRef) -> str:
+    """A reference as records hold it: independent of the working directory, and text whatever bytes its path has."""
+    return str(ref.absolute()).encode("utf-8", "backslashreplace").decode()
 
 
 def _files_below(top: str) -> Iterator[tuple[str, str]]:

@@ -1,14 +1,14 @@
-"""Tar streams: reading headers of every dialect, and writing the one dialect our image writers are given.
+"""Reading tar streams of every dialect.
 
-Formats: POSIX.1-2001 pax (``path``, ``linkpath``, ``size``, ``mtime``, ``SCHILY.xattr.*``), ustar, GNU (long names, base-256
-numbers), v7. Names are bytes: nothing here decodes them, so ``hdrcharset`` changes nothing. Sparse files are refused. What is
-read is the image's claim; what is written is built anew from checked values, so a writer never parses a byte of a foreign
-header.
+Formats: POSIX.1-2001 pax (``path``, ``linkpath``, ``size``, ``mtime``, ``SCHILY.xattr.*``), ustar, GNU (long names,
+base-256 numbers), v7. Names are bytes: nothing here decodes them, so ``hdrcharset`` changes nothing. Sparse files are
+refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from hpcctr.errors import ImageBroken
 
@@ -17,9 +17,8 @@ BLOCK = 512
 _SPECIAL_MAX = 1 << 20
 #: include/uapi/linux/limits.h: a longer path cannot be used by a program.
 PATH_MAX = 4096
-_XATTR_PREFIX = b"SCHILY.xattr."
+XATTR_PREFIX = b"SCHILY.xattr."
 _OTHER_XATTRS = (b"LIBARCHIVE.xattr.", b"SCHILY.acl.", b"RHT.security.")
-_TIME_MAX = 2**32 - 1
 
 REGULAR, HARDLINK, SYMLINK, DIRECTORY = b"0", b"1", b"2", b"5"
 #: Character and block devices and FIFOs.
@@ -122,7 +121,21 @@ class ByteStream:
             self.position += len(chunk)
 
 
-def entries(stream: ByteStream, what: str) -> Iterator[Entry]:
+class Cursor(Protocol):
+    """What headers are read from."""
+
+    position: int
+
+    def take(self, count: int, /) -> bytes:
+        """Exactly ``count`` bytes; fewer only at the end."""
+        ...
+
+    def skip(self, count: int, /) -> bool:
+        """Whether there were so many bytes to skip."""
+        ...
+
+
+def entries(stream: Cursor, what: str) -> Iterator[Entry]:
     """Every entry up to the end-of-archive mark, or to a clean end; contents are skipped.
 
     Raises :class:`ImageBroken`; ``what`` names the stream.
@@ -201,52 +214,11 @@ def entries(stream: ByteStream, what: str) -> Iterator[Entry]:
             raise _cut_off(what)
 
 
-def header(
-    path: bytes, kind: bytes, *, mode: int, size: int = 0, mtime: int = 0, link: bytes = b"", xattrs: dict[bytes, bytes] | None = None
-) -> bytes:
-    """The blocks before an entry's content, in GNU format owned by 0:0; extended attributes in a pax header before them."""
-    before = b""
-    if xattrs:
-        records = b"".join(_pax_record(_XATTR_PREFIX + key, value) for key, value in sorted(xattrs.items()))
-        before = _plain_header(b"pax", b"x", 0o644, len(records), 0, b"") + _padded(records)
-    if len(link) > 100:
-        before += _plain_header(b"././@LongLink", b"K", 0o644, len(link) + 1, 0, b"") + _padded(link + b"\0")
-    if len(path) > 100:
-        before += _plain_header(b"././@LongLink", b"L", 0o644, len(path) + 1, 0, b"") + _padded(path + b"\0")
-    return before + _plain_header(path[:100], kind, mode, size, min(max(mtime, 0), _TIME_MAX), link[:100])
-
-
-def padding(size: int) -> bytes:
-    """What follows a content of that size."""
-    return bytes(-size % BLOCK)
-
-
 def printable(name: bytes) -> str:
     """A name for a message."""
     text = name.decode("utf-8", "backslashreplace")
     text = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
     return text if len(text) <= 200 else text[:200] + "…"
-
-
-def _plain_header(path: bytes, kind: bytes, mode: int, size: int, mtime: int, link: bytes) -> bytes:
-    octal_size = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
-    front = path.ljust(100, b"\0") + b"%07o\0" % mode + b"0000000\0" + b"0000000\0" + octal_size + b"%011o\0" % mtime
-    back = kind + link.ljust(100, b"\0") + b"ustar  \0"
-    # The field itself counts as eight spaces.
-    checksum = sum(front) + sum(back) + 8 * 32
-    return (front + b"%06o\0 " % checksum + back).ljust(BLOCK, b"\0")
-
-
-def _padded(content: bytes) -> bytes:
-    return content + padding(len(content))
-
-
-def _pax_record(key: bytes, value: bytes) -> bytes:
-    body = b" " + key + b"=" + value + b"\n"
-    length = len(body) + 1
-    while len(str(length)) + len(body) != length:
-        length = len(str(length)) + len(body)
-    return b"%d" % length + body
 
 
 def _require_checksum(header: bytes, what: str, begin: int) -> None:
@@ -289,9 +261,11 @@ def _decimal(text: bytes | None, otherwise: int, what: str, begin: int) -> int:
     return int(whole)
 
 
-def _special(stream: ByteStream, size: int, what: str, begin: int) -> bytes:
+def _special(stream: Cursor, size: int, what: str, begin: int) -> bytes:
     if size > _SPECIAL_MAX:
-        raise ImageBroken(f"{what} has a name or pax header of {size} bytes at byte {begin}, {_SPECIAL_MAX} are possible")
+        raise ImageBroken(
+            f"{what} has a name or pax header of {size} bytes at byte {begin}, {_SPECIAL_MAX} are possible"
+        )
     content = stream.take(size + -size % BLOCK)
     if len(content) < size:
         raise _cut_off(what)
@@ -321,7 +295,7 @@ def _xattrs(pax: dict[bytes, bytes]) -> tuple[dict[bytes, bytes] | None, int]:
     kept: dict[bytes, bytes] = {}
     others = 0
     for key, value in pax.items():
-        name = key.removeprefix(_XATTR_PREFIX)
+        name = key.removeprefix(XATTR_PREFIX)
         if name == key:
             others += key.startswith(_OTHER_XATTRS)
         elif name.startswith(b"user.") and 5 < len(name) <= 255 and len(value) <= 65536 and b"\0" not in name:

@@ -1,8 +1,8 @@
-"""The tree an image's layers make, in memory: names, attributes, and where each content lies. No content, no filesystem.
+"""The tree an image's layers make, in memory: names, attributes, and where each content lies. No content, no
+filesystem.
 
-Paths are resolved as inside a chroot: symbolic links, absolute ones as well, lead to places below the root. A leaf that has
-several names (hard links) is one object in several directories.
-"""
+Paths are resolved as inside a chroot: symbolic links, absolute ones as well, lead to places below the root. A leaf
+that has several names (hard links) is one object in several directories."""
 
 from __future__ import annotations
 
@@ -116,9 +116,12 @@ class Tree:
         self._freshen(directory, name)
 
     def hide(self, directory: Directory, name: bytes) -> None:
-        """Take away what lower layers have at that name; what the current layer put there or below stays."""
+        """Take away what lower layers have at that name; what the current layer put there or below stays.
+
+        Not for the lowest layer: what it put where is not noted.
+        """
         node = directory.children.get(name)
-        if node is None or not self.layer:
+        if node is None:
             return
         self._parent_parts = None
         if not self._is_fresh(directory, name):
@@ -128,8 +131,6 @@ class Tree:
 
     def hide_below(self, directory: Directory) -> None:
         """Take away everything that lower layers have below a directory."""
-        if not self.layer:
-            return
         self._parent_parts = None
         todo = [directory]
         while todo:
@@ -176,7 +177,6 @@ class Tree:
         return current
 
     def _freshen(self, directory: Directory, name: bytes) -> None:
-        # Nothing lies below the lowest layer: there is nothing to hide.
         if not self.layer:
             return
         if directory.fresh_layer != self.layer or directory.fresh is None:

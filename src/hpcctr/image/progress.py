@@ -1,0 +1,59 @@
+"""How far a pull is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+#: Seconds between two reports.
+_EVERY = 0.1
+
+Stage = Literal["download", "read", "write"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a pull is: compressed bytes downloaded, compressed bytes of layers read, bytes of files written."""
+
+    stage: Stage
+    done: int
+    total: int
+
+
+class ProgressReport:
+    """Passes progress on, not more often than a person can see."""
+
+    def __init__(self, progress: Callable[[Progress], None]) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._last = 0.0
+        self._state: dict[Stage, tuple[int, int]] = {}
+
+    def counter(self, stage: Stage, total: int) -> Callable[[int], None]:
+        """A function that is told how many bytes more are done."""
+        self._set(stage, 0, total)
+
+        def add(count: int) -> None:
+            with self._lock:
+                self._set(stage, self._state[stage][0] + count, total)
+
+        return add
+
+    def absolute(self, stage: Stage) -> Callable[[int, int], None]:
+        """A function that is told how many bytes are done, and of how many."""
+        return lambda done, total: self._set(stage, done, total)
+
+    def finish(self, stage: Stage) -> None:
+        """All of a stage is done."""
+        total = self._state.get(stage, (0, 0))[1]
+        self._progress(Progress(stage=stage, done=total, total=total))
+
+    def _set(self, stage: Stage, done: int, total: int) -> None:
+        self._state[stage] = (done, total)
+        moment = time.monotonic()
+        if done >= total or moment >= self._last + _EVERY:
+            self._last = moment
+            self._progress(Progress(stage=stage, done=done, total=total))

@@ -1,0 +1,238 @@
+"""Pulling: from a reference to an image in the store.
+
+Find the image in its source, verify and merge its layers, write the image file, publish, name. Downloads run beside
+the merging, at most four at once. Nothing is published unless every digest agreed; what is unfinished is removed,
+also when the pull is interrupted or terminated."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import FrameType
+
+from hpcctr.errors import ConversionFailed, UsageWrong
+from hpcctr.image.archive import find_image, open_files
+from hpcctr.image.compression import CHUNK, ByteSource, decompressed, prefetched
+from hpcctr.image.convert import ImageFile, find_tool, inode_count, write_squashfs
+from hpcctr.image.layers import LayerMerge
+from hpcctr.image.platform import of_this_node
+from hpcctr.image.progress import Progress, ProgressReport
+from hpcctr.image.publish import now, publish, set_name, workspace
+from hpcctr.image.record import ImageRecord, Platform, StoredImage
+from hpcctr.image.reference import ImageRef
+from hpcctr.image.source import LayerBlob, SourceImage
+from hpcctr.image.store import IMAGE_FILE, SCHEMA, Store, source_text
+from hpcctr.image.treestream import MergeFacts, write_tree
+from hpcctr.image.verification import Verification, VerifiedReader
+from hpcctr.site import RegistrySettings, Site
+
+_DOWNLOADS = 4
+
+OpenBlob = Callable[[LayerBlob], ByteSource]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullResult:
+    """What a pull came to. ``name`` is what ``hpcctr run`` takes; ``was_stored`` when the store had the image
+    already."""
+
+    image: StoredImage
+    name: str
+    was_stored: bool
+
+
+def pull(
+    ref: ImageRef,
+    *,
+    site: Site,
+    platform: Platform | None = None,
+    name: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> PullResult:
+    """Bring an image into the site's store, under its own name or under ``name``.
+
+    Raises :class:`RegistryFailed`, :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`,
+    :class:`ConversionFailed`, :class:`StoreUnusable`, :class:`ReferenceWrong`, :class:`UsageWrong`.
+    """
+    ref = ref.absolute()
+    named = _name(ref, name)
+    wanted = platform or of_this_node()
+    store = Store.open(site.store, writable=True)
+    report = ProgressReport(progress)
+    with _terminated_as_interrupted(), workspace(store) as directory:
+        source = _open(ref, site, directory, report)
+        image = source.find(wanted)
+        was_stored = image.digest in store.digests()
+        if not was_stored:
+            find_tool()
+            with source.layers(image) as open_blob:
+                file, facts = _convert(image, open_blob, directory, report)
+            publish(store, _record(ref, image, file, facts), file.path)
+        set_name(store, named, image.platform, image.digest, source_text(ref))
+    return PullResult(image=store.image(image.digest, name=str(named)), name=str(named), was_stored=was_stored)
+
+
+def _name(ref: ImageRef, name: str | None) -> ImageRef:
+    if name is None:
+        return ref.name_in_store()
+    named = ImageRef.parse(name)
+    if named.is_file or named.digest:
+        raise UsageWrong(
+            f"--name {name}: an image is named by repository and tag", hint="for instance --name local/app:1.0"
+        )
+    return named
+
+
+# sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A registry or a file: how to find an image in it, and how to get at its layers."""
+
+    find: Callable[[Platform], SourceImage]
+    layers: Callable[[SourceImage], contextlib.AbstractContextManager[OpenBlob]]
+
+
+def _open(ref: ImageRef, site: Site, directory: str, report: ProgressReport) -> _Source:
+    if ref.is_file:
+        files = open_files(ref, directory)
+        return _Source(
+            find=lambda wanted: find_image(files, ref, wanted),
+            layers=lambda _: contextlib.nullcontext(files.open_layer),
+        )
+    from hpcctr.image.registry import RegistrySource
+
+    registry = RegistrySource(ref, site.registry.get(ref.registry, RegistrySettings()))
+
+    @contextlib.contextmanager
+    def layers(image: SourceImage) -> Iterator[OpenBlob]:
+        total = sum({layer.digest: layer.size for layer in image.layers}.values())
+        stop = threading.Event()
+        count = report.counter("download", total)
+        with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
+            paths: dict[str, Future[str]] = {}
+            for number, layer in enumerate(image.layers):
+                if layer.digest not in paths:
+                    path = f"{directory}/layer-{number}"
+
+                    def work(layer: LayerBlob = layer, path: str = path) -> str:
+                        registry.download(layer, path, stop=stop, progress=count)
+                        return path
+
+                    paths[layer.digest] = pool.submit(work)
+            try:
+                yield lambda layer: io.FileIO(paths[layer.digest].result())
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    return _Source(find=registry.find, layers=layers)
+
+
+# conversion
+
+
+def _convert(
+    image: SourceImage, open_blob: OpenBlob, directory: str, report: ProgressReport
+) -> tuple[ImageFile, MergeFacts]:
+    merge = LayerMerge()
+    read = report.counter("read", sum(max(layer.size, 0) for layer in image.layers))
+    for number, layer in enumerate(image.layers):
+        what = f"layer {number + 1}"
+        chunks = prefetched(_verified(layer, open_blob, what))
+        merge.apply(_checked(chunks, Verification(layer.diff_id, -1, f"{what}, uncompressed,")), what)
+        read(max(layer.size, 0))
+
+    def again(number: int) -> Iterator[bytes]:
+        layer, what = image.layers[number], f"layer {number + 1}"
+        chunks = prefetched(_verified(layer, open_blob, what))
+        return chunks if layer.digest else _checked(chunks, Verification(layer.diff_id, -1, what))
+
+    def produce(write: Callable[[bytes], object]) -> MergeFacts:
+        return write_tree(merge.tree, len(image.layers), again, write, report.absolute("write"))
+
+    file, facts = write_squashfs(directory, produce)
+    written = inode_count(file.path)
+    if written != facts.inodes:
+        raise ConversionFailed(
+            f"the image file has {written} inodes, the image {facts.inodes}",
+            hint="install another version of squashfs-tools-ng",
+        )
+    report.finish("write")
+    return file, facts
+
+
+def _verified(layer: LayerBlob, open_blob: OpenBlob, what: str) -> Iterator[bytes]:
+    """A layer's uncompressed bytes; its blob is read to the end and agrees with the manifest, or this raises."""
+    source = open_blob(layer)
+    try:
+        reader = VerifiedReader(source, Verification(layer.digest, layer.size, what)) if layer.digest else source
+        yield from decompressed(reader, what)
+        while reader.read(CHUNK):
+            pass
+    finally:
+        with contextlib.suppress(AttributeError):
+            source.close()  # type: ignore[attr-defined]
+
+
+def _checked(chunks: Iterator[bytes], check: Verification) -> Iterator[bytes]:
+    for chunk in chunks:
+        check.add(chunk)
+        yield chunk
+    check.require_agreement()
+
+
+def _record(ref: ImageRef, image: SourceImage, file: ImageFile, facts: MergeFacts) -> ImageRecord:
+    return ImageRecord(
+        schema=SCHEMA,
+        digest=image.digest,
+        platform=image.platform,
+        config=image.config,
+        file=IMAGE_FILE,
+        file_size=file.size,
+        file_digest=file.digest,
+        content_size=facts.content_size,
+        entries=facts.entries,
+        created=now(),
+        source=source_text(ref),
+        passwd=facts.passwd,
+        group=facts.group,
+        changed=facts.changed,
+    )
+
+
+# around
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """While this lasts SIGTERM and SIGHUP raise, so that what is unfinished is removed; afterwards they end the
+    process."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {
+        number: signal.signal(number, handle)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    }
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        if received:
+            os.kill(os.getpid(), received[0])

@@ -23,12 +23,12 @@ def image() -> Iterator[Path]:
 
 
 def left(containerd: Containerd, image: Path) -> set[str]:
-    """What node containers consist of, in this containerd's Host; containerd itself may have been restarted."""
+    """What node containers consist of, in the Host of a containerd that may have been restarted."""
     host = containerd.host
     found = {f"container {container_id}" for container_id in containerd.containers()}
     found |= {f"task {task_id}" for task_id in containerd.tasks()}
     found |= {f"mount {mount}" for mount in host.mounts() if mount.kind in ("overlay", "squashfs", "tmpfs")}
-    found |= {f"process {process}" for process in host.processes() if process.name != "containerd"}
+    found |= {f"process {process}" for process in host.processes() if process.name not in ("containerd", "ctr")}
     for device in Path("/sys/block").glob("loop*/loop/backing_file"):
         if device.exists() and device.read_text().strip() == str(image):
             found.add(f"loop device {device.parent.parent.name}")

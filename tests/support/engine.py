@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.host import Host
+from tests.support.host import CommandFailed, Host
 from tests.support.polling import wait_until
 from tests.support.site import Site
 
@@ -20,7 +20,11 @@ SOCKET = Path("/run/hpcctr/engine.sock")
 
 def install_enter(site: Site) -> None:
     """Put `enter` with its file capabilities where the site says; nothing happens when it is there already."""
-    subprocess.run([HPCCTR, "engine", "install", "--site", site.file], check=True, capture_output=True)
+    site.enter.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    argv = [str(HPCCTR), "engine", "install", "--site", str(site.file)]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode != 0:
+        raise CommandFailed(argv, done.returncode, done.stdout, done.stderr)
 
 
 @dataclass(kw_only=True)

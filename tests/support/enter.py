@@ -19,6 +19,8 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,7 @@ DESCRIPTOR = 109
 """The number of the engine's socket in a launched process, far from those subprocess uses on its way."""
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_FS = 0x20000, 0x10000000, 0x20000000, 0x200
-PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_SET_PDEATHSIG = 38, 24, 1
+PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_SET_DUMPABLE = 38, 24, 4
 _PATIENCE = 20.0
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -102,6 +104,8 @@ def become(account: Account) -> None:
     os.setgroups(account.groups)
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)
+    # Changing ids closed /proc/self to the process itself (prctl(2)); a login's exec opens it again.
+    require(libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0))
 
 
 def go_into(pid: int) -> None:
@@ -219,11 +223,16 @@ class World:
         if pid == 0:
             status = 99
             try:
+                # A child that waits in vain must end, whatever becomes of the test.
+                signal.alarm(int(_PATIENCE))
                 os.setsid()
                 go_into(self.host.holder.pid)
                 become(account)
                 status = work() or 0
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 _quit(status)
         return pid
 

@@ -19,7 +19,7 @@ print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(argu
 
 
 def in_private_mounts(function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> Any:
-    """What `function` returns there. Arguments and result are JSON; an exception in it fails the test with its traceback."""
+    """What `function` returns there. Arguments and result are JSON; an exception fails the test with its traceback."""
     argv = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", _CHILD]
     run = subprocess.run(
         [*argv, function.__module__, function.__name__, json.dumps([_plain(argument) for argument in arguments])],

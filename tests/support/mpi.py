@@ -27,8 +27,13 @@ def open_mpi_version() -> tuple[int, ...]:
 
 
 def mpirun(ranks: int, *command: str, flags: Sequence[str] = ()) -> list[str]:
-    """Open MPI's launcher of the host."""
-    return ["mpirun.openmpi", "-n", str(ranks), "--oversubscribe", *flags, *command]
+    """Open MPI's launcher of the host.
+
+    A program of Open MPI 4 under the mpirun of Open MPI 5 takes itself for a job of one, in a container or not, unless
+    it is told of a daemon (check_launch_environment in Open MPI 4's orte/mca/schizo); what it is told does not matter.
+    """
+    told = ["-x", "OMPI_MCA_orte_local_daemon_uri=none"] if open_mpi_version() >= (5,) else []
+    return ["mpirun.openmpi", "-n", str(ranks), "--oversubscribe", *told, *flags, *command]
 
 
 def mpiexec(ranks: int, *command: str, flags: Sequence[str] = ()) -> list[str]:
@@ -83,7 +88,7 @@ class Report:
             node_ranks=int(node_ranks),
             cma=cma,
             host=host,
-            library=library,
+            library=" ".join(library.split()),
         )
 
 

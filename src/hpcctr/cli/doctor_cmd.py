@@ -74,7 +74,11 @@ def _kernel(_: Site) -> Iterator[Finding]:
 def _enter(site: Site) -> Iterator[Finding]:
     problem = enter_problem(Path(site.enter))
     if problem:
-        yield Finding(thing="enter", is_good=False, what=f"{site.enter}: {problem[0]}", remedy=problem[1])
+        reason, remedy = problem
+        missing = not Path(site.enter).parent.is_dir()
+        yield Finding(
+            thing="enter", is_good=False, what=f"{site.enter}: {reason}", remedy="hpcctr engine install" if missing else remedy
+        )
     else:
         yield Finding(thing="enter", is_good=True, what=f"{site.enter}: root's, with its capabilities")
 

@@ -47,7 +47,7 @@ def check(
 def install(site: SiteFile = None) -> None:
     """Install enter with its capabilities, and a faster start of the hpcctr command. Root; may be repeated."""
     import hpcctr.enter
-    from hpcctr.enter.install import enter_problem, install_enter
+    from hpcctr.enter.install import install_enter
 
     if os.getuid() != 0:
         raise EnterUnusable("only root can install enter", hint="sudo hpcctr engine install")
@@ -55,10 +55,9 @@ def install(site: SiteFile = None) -> None:
     built = Path(hpcctr.enter.__file__).with_name("enter")
     if not built.exists():
         raise EnterUnusable(f"{built} has not been built", hint="pip install hpcctr, with a C compiler on this machine")
+    os.umask(0o022)
+    target.parent.mkdir(parents=True, exist_ok=True)
     install_enter(built, target)
-    problem = enter_problem(target)
-    if problem:
-        raise EnterUnusable(f"{target}: {problem[0]}", hint=problem[1])
     typer.echo(f"{target}: installed, root:root 0711, cap_sys_admin,cap_sys_chroot=p")
     launcher = Path(sys.argv[0]).resolve()
     if launcher.name == "hpcctr" and launcher.is_file():

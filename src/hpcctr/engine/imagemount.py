@@ -37,7 +37,6 @@ _SQUASHFS_MAGIC = b"hsqs"
 class _Mount:
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
-    is_mounted: bool = False
 
 
 class ImageMounts:
@@ -61,9 +60,9 @@ class ImageMounts:
         entry = self._counted(name)
         try:
             with entry.lock:
-                if not entry.is_mounted:
+                # Looked up each time: an administrator may have unmounted it, and the directory below is an empty root.
+                if not _is_image_mount(self.path(name)):
                     _mount_image(image, self.path(name), image_digest)
-                    entry.is_mounted = True
         except BaseException:
             self.release(name)
             raise
@@ -75,7 +74,6 @@ class ImageMounts:
         try:
             with entry.lock:
                 _require_image_mount(self.path(name))
-                entry.is_mounted = True
         except BaseException:
             self.release(name)
             raise
@@ -91,7 +89,6 @@ class ImageMounts:
                 if entry.users:
                     return
             self._take_down(name)
-            entry.is_mounted = False
             with self._lock:
                 if not entry.users:
                     self._mounts.pop(name, None)
@@ -101,9 +98,7 @@ class ImageMounts:
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.directory):
                 # As its last user would: nobody can begin to use it meanwhile.
-                entry = self._counted(name)
-                with entry.lock:
-                    entry.is_mounted = True
+                self._counted(name)
                 self.release(name)
 
     def _counted(self, name: str) -> _Mount:
@@ -191,8 +186,12 @@ def _attach_loop(image: int, image_digest: str) -> _Loop:
     raise OSError(errno.EBUSY, "no free loop device")
 
 
-def _require_image_mount(target: str) -> None:
-    """Raise :class:`ImageMountFailed` unless a squashfs is on ``target`` with every restriction."""
+def _is_image_mount(target: str) -> bool:
+    """Whether a squashfs is on ``target``, with every restriction, as the kernel tells."""
     found = [entry for entry in read_mounts() if entry.target == target]
-    if not found or found[-1].kind != "squashfs" or not {"ro", "nosuid", "nodev"} <= found[-1].options:
+    return bool(found) and found[-1].kind == "squashfs" and {"ro", "nosuid", "nodev"} <= found[-1].options
+
+
+def _require_image_mount(target: str) -> None:
+    if not _is_image_mount(target):
         raise ImageMountFailed(f"{target} is not the restricted squashfs it should be", hint="dmesg | tail")

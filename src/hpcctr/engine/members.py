@@ -11,7 +11,7 @@ import fcntl
 import os
 import select
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from hpcctr.engine.mounts import MountEntry, read_mounts
 
@@ -76,15 +76,16 @@ class Members:
             self._epoll.close()
 
 
-def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]:
+def members_in_proc(upper_uids: Mapping[str, int], *, anchors: Collection[int]) -> list[tuple[str, int, int]]:
     """Living processes by the upper layer of their root: upper layer, pid and a pidfd that the caller closes.
 
-    ``upper_uids`` says which upper layers matter and whose they are. Only mount namespaces of the engine's own user
-    namespace are looked at: users can make others, with mount tables that say anything and have any length.
+    ``upper_uids`` says which upper layers matter and whose they are, ``anchors`` which processes are only the inits of
+    containers. Only mount namespaces of the engine's own user namespace are looked at: users can make others, with
+    mount tables that say anything and have any length.
     """
     found = []
     for name in os.listdir("/proc"):
-        if not name.isdigit():
+        if not name.isdigit() or int(name) in anchors:
             continue
         pid = int(name)
         try:

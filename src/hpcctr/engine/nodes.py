@@ -27,6 +27,8 @@ from hpcctr.errors import DeadlinePassed, EngineBusy, EngineUnreachable, HpcctrE
 from hpcctr.policy.grant import Grant
 from hpcctr.site import Site
 
+__all__ = ["NodeContainer", "NodeContainers"]
+
 #: Seconds somebody waits for a container another caller is building; longer than all deadlines of building together.
 _BUILD_SECONDS = 180.0
 #: Seconds until what could not be removed is tried again.
@@ -117,7 +119,7 @@ class NodeContainers:
         """Keep a container while ``caller`` lives. The caller's pidfd stays the caller's."""
         with self._lock:
             slot = self._slots.get(container.key)
-            if slot is None or slot.container is not container:
+            if slot is None or slot.container is not container or self._is_closing:
                 # Removed between get and join: who is inside keeps what it sees, and nothing else is left to keep.
                 return
             try:

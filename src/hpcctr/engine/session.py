@@ -11,9 +11,11 @@ import socket
 import struct
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
 from hpcctr.engine.nodes import NodeContainer, NodeContainers
+from hpcctr.enter.install import enter_problem
 from hpcctr.errors import CallerRefused, EnterUnusable, HpcctrError, ProtocolBroken
 from hpcctr.launch import build, prepare
 from hpcctr.policy.grant import Grant
@@ -47,7 +49,7 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
         if door.is_gateway:
             caller.require_gateway_caller()
         grant = prepare(request, caller, door.site)
-        enter = _enter_of(door.site)
+        enter = _enter_of(door)
         if request.explain:
             peer.sendall(_reply(grant, door.site).pack())
             _audit(door, "explained", caller, grant)
@@ -126,14 +128,17 @@ def _require_enter_asks(peer: socket.socket, caller: Caller) -> None:
         raise CallerRefused("the namespace was asked for by another process than the one that connected")
 
 
-def _enter_of(site: Site) -> os.stat_result:
-    """Identity of the installed enter. Raises :class:`EnterUnusable` when it is missing."""
+def _enter_of(door: Door) -> os.stat_result:
+    """Identity of the installed enter. Raises :class:`EnterUnusable` when users could not go in with it, before anything is built."""
+    path = door.site.enter
     try:
-        return os.stat(site.enter, follow_symlinks=False)
+        problem = enter_problem(Path(path)) if door.is_gateway else None
+        if problem is None:
+            return os.stat(path, follow_symlinks=False)
+        reason = problem[0]
     except OSError as error:
-        raise EnterUnusable(
-            f"{site.enter}: {error.strerror}", hint="an administrator runs: hpcctr engine install"
-        ) from None
+        reason = error.strerror or "cannot be looked at"
+    raise EnterUnusable(f"{path}: {reason}", hint="an administrator runs: hpcctr engine install")
 
 
 def _reply(grant: Grant, site: Site) -> Frame:

@@ -38,6 +38,7 @@ from hpcctr.image.verification import sha256_of
 
 _REF_NAME = "org.opencontainers.image.ref.name"
 _MEMBERS_MAX = 100_000
+_LINKS_MAX = 8
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,6 +46,10 @@ class Files(Protocol):
     """Named files: a directory's, or an archive's members."""
 
     name: str
+
+    def has(self, path: str) -> bool:
+        """Whether there is a file of that name."""
+        ...
 
     def open(self, path: str) -> io.BufferedIOBase | None:
         """None when there is no such file. Raises :class:`ImageBroken` when it is not a regular file."""
@@ -57,6 +62,10 @@ class DirectoryFiles:
     def __init__(self, path: str) -> None:
         self.name = path
         self._path = path
+
+    def has(self, path: str) -> bool:
+        """See :class:`Files`."""
+        return os.path.isfile(f"{self._path}/{path}")
 
     def open(self, path: str) -> io.BufferedIOBase | None:
         """See :class:`Files`."""
@@ -84,14 +93,22 @@ class ArchiveFiles:
                 if len(self._members) > _MEMBERS_MAX:
                     raise NotAnImage(f"{name} has more than {_MEMBERS_MAX} files: it is no image archive")
 
+    def has(self, path: str) -> bool:
+        """See :class:`Files`."""
+        return self._find(path) is not None
+
     def open(self, path: str) -> io.BufferedIOBase | None:
         """See :class:`Files`."""
-        place: tuple[int, int] | str | None = _normal(path)
-        for _ in range(8):
-            place = self._members.get(place) if isinstance(place, str) else place
-        if not isinstance(place, tuple):
+        place = self._find(path)
+        if place is None:
             return None
         return io.BufferedReader(_Slice(_require_file(self._path), *place), CHUNK)
+
+    def _find(self, path: str) -> tuple[int, int] | None:
+        place: tuple[int, int] | str | None = _normal(path)
+        for _ in range(_LINKS_MAX):
+            place = self._members.get(place) if isinstance(place, str) else place
+        return place if isinstance(place, tuple) else None
 
 
 class LayoutSource:
@@ -99,8 +116,8 @@ class LayoutSource:
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        if files.open("index.json") is None:
-            problem = "is what docker save writes" if files.open("manifest.json") else "has no index.json"
+        if not files.has("index.json"):
+            problem = "is what docker save writes" if files.has("manifest.json") else "has no index.json"
             raise NotAnImage(
                 f"{files.name} {problem}",
                 hint="for a docker archive: docker-archive:FILE; else oci-archive:FILE or oci:DIR",
@@ -159,8 +176,8 @@ class DockerArchive:
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        if files.open("manifest.json") is None:
-            problem = "is an OCI archive" if files.open("index.json") else "has no manifest.json"
+        if not files.has("manifest.json"):
+            problem = "is an OCI archive" if files.has("index.json") else "has no manifest.json"
             raise NotAnImage(f"{files.name} {problem}", hint="for an OCI archive: oci-archive:FILE")
         content = _read_small(files, "manifest.json")
         try:

@@ -91,7 +91,7 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
     return store.image(record.digest)
 
 
-def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, source: str) -> None:
+def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, source: str = "") -> None:
     """Let ``named`` mean ``digest`` from now on. A name that means it already, from the same source, keeps its
     record."""
     earlier = store.name_record(named, platform)

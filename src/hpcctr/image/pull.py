@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from hpcctr.errors import ConversionFailed, UsageWrong
 from hpcctr.image.archive import find_image, open_files
@@ -22,7 +23,8 @@ from hpcctr.image.compression import CHUNK, ByteSource, decompressed, prefetched
 from hpcctr.image.convert import ImageFile, find_tool, inode_count, write_squashfs
 from hpcctr.image.layers import LayerMerge
 from hpcctr.image.platform import of_this_node
-from hpcctr.image.progress import Progress, ProgressReport
+from hpcctr.image.progress import Progress as Progress
+from hpcctr.image.progress import ProgressReport
 from hpcctr.image.publish import now, publish, set_name, workspace
 from hpcctr.image.record import ImageRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef
@@ -31,6 +33,9 @@ from hpcctr.image.store import IMAGE_FILE, SCHEMA, Store, source_text
 from hpcctr.image.treestream import MergeFacts, write_tree
 from hpcctr.image.verification import Verification, VerifiedReader
 from hpcctr.site import RegistrySettings, Site
+
+if TYPE_CHECKING:
+    from hpcctr.image.registry import RegistrySource
 
 _DOWNLOADS = 4
 
@@ -65,8 +70,11 @@ def pull(
     wanted = platform or of_this_node()
     store = Store.open(site.store, writable=True)
     report = ProgressReport(progress)
-    with _terminated_as_interrupted(), workspace(store) as directory:
-        source = _open(ref, site, directory, report)
+    with (
+        _terminated_as_interrupted(),
+        workspace(store) as directory,
+        _opened(ref, site, directory, report) as source,
+    ):
         image = source.find(wanted)
         was_stored = image.digest in store.digests()
         if not was_stored:
@@ -100,40 +108,44 @@ class _Source:
     layers: Callable[[SourceImage], contextlib.AbstractContextManager[OpenBlob]]
 
 
-def _open(ref: ImageRef, site: Site, directory: str, report: ProgressReport) -> _Source:
+@contextlib.contextmanager
+def _opened(ref: ImageRef, site: Site, directory: str, report: ProgressReport) -> Iterator[_Source]:
     if ref.is_file:
         files = open_files(ref, directory)
-        return _Source(
+        yield _Source(
             find=lambda wanted: find_image(files, ref, wanted),
             layers=lambda _: contextlib.nullcontext(files.open_layer),
         )
-    from hpcctr.image.registry import RegistrySource
+        return
+    # requests and oras cost half a second: files do without.
+    from hpcctr.image.registry import RegistrySource as Source
 
-    registry = RegistrySource(ref, site.registry.get(ref.registry, RegistrySettings()))
+    with Source(ref, site.registry.get(ref.registry, RegistrySettings())) as registry:
+        yield _Source(find=registry.find, layers=lambda image: _downloaded(registry, image, directory, report))
 
-    @contextlib.contextmanager
-    def layers(image: SourceImage) -> Iterator[OpenBlob]:
-        total = sum({layer.digest: layer.size for layer in image.layers}.values())
-        stop = threading.Event()
-        count = report.counter("download", total)
-        with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
-            paths: dict[str, Future[str]] = {}
-            for number, layer in enumerate(image.layers):
-                if layer.digest not in paths:
-                    path = f"{directory}/layer-{number}"
 
-                    def work(layer: LayerBlob = layer, path: str = path) -> str:
-                        registry.download(layer, path, stop=stop, progress=count)
-                        return path
+@contextlib.contextmanager
+def _downloaded(
+    registry: RegistrySource, image: SourceImage, directory: str, report: ProgressReport
+) -> Iterator[OpenBlob]:
+    """Downloads all layers beside what the caller does; a layer opens once it is there and verified."""
+    stop = threading.Event()
+    count = report.counter("download", sum({layer.digest: layer.size for layer in image.layers}.values()))
 
-                    paths[layer.digest] = pool.submit(work)
-            try:
-                yield lambda layer: io.FileIO(paths[layer.digest].result())
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+    def download(layer: LayerBlob, path: str) -> str:
+        registry.download(layer, path, stop=stop, progress=count)
+        return path
 
-    return _Source(find=registry.find, layers=layers)
+    with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
+        paths: dict[str, Future[str]] = {}
+        for number, layer in enumerate(image.layers):
+            if layer.digest not in paths:
+                paths[layer.digest] = pool.submit(download, layer, f"{directory}/layer-{number}")
+        try:
+            yield lambda layer: io.FileIO(paths[layer.digest].result())
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 # conversion

@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import oras.auth
@@ -64,6 +64,12 @@ class RegistrySource:
         self._scheme = "http" if settings.plain_http else "https"
         self._may_fall_back = is_loopback(ref.registry) and not settings.plain_http
         self._container = oras.container.Container(f"{self._host}/{ref.repository}:{ref.tag or 'latest'}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session.close()
 
     def find(self, wanted: Platform) -> SourceImage:
         """The image for ``wanted``. Raises :class:`RegistryFailed`, :class:`NotAnImage`, :class:`PlatformMissing`,

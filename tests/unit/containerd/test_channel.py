@@ -18,7 +18,7 @@ METHOD = "/test.Service/Method"
 Answer = Callable[[bytes, grpc.ServicerContext], bytes]
 
 
-class OneMethod(grpc.GenericRpcHandler):
+class OneMethod(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Answers every method in the same way, in bytes."""
 
     def __init__(self, answer: Answer) -> None:

@@ -14,7 +14,7 @@ from hpcctr.containerd.client import Containerd, RootfsMount
 from hpcctr.errors import ContainerNotFound
 
 
-class Recorder(grpc.GenericRpcHandler):
+class Recorder(grpc.GenericRpcHandler):  # type: ignore[misc]
     """A server that keeps what it is sent and answers with prepared bytes, or NOT_FOUND."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from hpcctr.containerd import errors
 from hpcctr.errors import ContainerdFailed, ContainerdUnavailable, ContainerExists, ContainerNotFound, DeadlinePassed
 
 
-class Failure(grpc.RpcError):
+class Failure(grpc.RpcError):  # type: ignore[misc]
     """A failed call, as grpc raises it."""
 
     def __init__(self, code: grpc.StatusCode, details: str | None) -> None:

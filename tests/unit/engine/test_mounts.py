@@ -127,7 +127,12 @@ def test_every_line_of_the_mount_table_is_understood() -> None:
 @pytest.mark.parametrize(
     ("line", "target", "propagation", "source"),
     [
-        ("36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue", "/mnt2", ("master:1",), "/dev/root"),
+        (
+            "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue",
+            "/mnt2",
+            ("master:1",),
+            "/dev/root",
+        ),
         ("1 2 0:1 / /a\\040-\\040b ro shared:7 unbindable - tmpfs  rw", "/a - b", ("shared:7", "unbindable"), ""),
         ("1 2 0:1 / /x ro - tmpfs a\\134b rw", "/x", (), "a\\b"),
     ],

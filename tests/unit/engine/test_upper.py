@@ -116,7 +116,10 @@ def test_generated_files_hide_the_images_and_can_be_targets(layers: Layers) -> N
     (layers.image / "etc/passwd").symlink_to("/proc/1/environ")
     (layers.image / "etc/hosts").mkdir()
     layers.make(
-        Target("f", b"/etc/passwd"), Target("d", b"/etc/ssl"), Target("d", b"/etc/x"), etc={"passwd": b"p", "hosts": b"h"}
+        Target("f", b"/etc/passwd"),
+        Target("d", b"/etc/ssl"),
+        Target("d", b"/etc/x"),
+        etc={"passwd": b"p", "hosts": b"h"},
     )
     assert layers.made() == {"etc/passwd", "etc/hosts", "etc/x/"}
     assert not (layers.upper / "etc/passwd").is_symlink()

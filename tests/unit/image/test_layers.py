@@ -102,9 +102,9 @@ def test_an_opaque_root_hides_everything_below() -> None:
 
 
 def test_what_aufs_kept_for_itself_is_ignored() -> None:
-    assert tree_of(tar(file(".wh..wh.aufs"), directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2", b"x"), file("a", b"1"))) == {
-        "a": b"1"
-    }
+    assert tree_of(
+        tar(file(".wh..wh.aufs"), directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2", b"x"), file("a", b"1"))
+    ) == {"a": b"1"}
 
 
 @pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh...", "d/.wh.."])
@@ -278,7 +278,7 @@ class Model:
     mine: set[Parts] = field(default_factory=set)
 
     def real(self, path: Parts, links: int = 0) -> Parts | None:
-        """The place a directory path leads to, links followed; missing parts as they are. None when a file is in the way."""
+        """Where a directory path leads, links followed, missing parts as they are; None when a file is in the way."""
         done: Parts = ()
         for index, part in enumerate(path):
             if part == b"..":

@@ -13,8 +13,8 @@ A launch, in the order its nouns appear::
     enter  <── reply 2: descriptor of the mount namespace ──────────────┘
       the caller's process walks in and becomes the command
 
-``launch.py`` tells the engine's half as a story, ``client/run.py`` the caller's half. ``engine/`` and ``enter/`` are all
-that holds privilege; their READMEs are the threat model.
+``launch.py`` tells the engine's half as a story, ``client/run.py`` the caller's half. ``engine/`` and ``enter/`` are
+all that holds privilege; their READMEs are the threat model.
 """
 
 __version__ = "0.1.0"

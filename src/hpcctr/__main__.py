@@ -43,7 +43,8 @@ def _run(arguments: list[str]) -> None:
 
 
 def _isolate() -> None:
-    """Start again with ``-IS`` when PYTHONPATH, the user's site-packages or the working directory could change what is imported.
+    """Start again with ``-IS`` when PYTHONPATH, the user's site-packages or the working directory could change what is
+    imported.
 
     The launcher that ``hpcctr engine install`` writes starts isolated and never comes here.
     """
@@ -53,7 +54,9 @@ def _isolate() -> None:
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from hpcctr.__main__ import main; main()"
     from hpcctr.client.environment import of_this_process
 
-    os.execve(sys.executable, [sys.executable, "-IS", "-c", code, place, *sys.argv[1:]], of_this_process())
+    os.execve(  # noqa: S606
+        sys.executable, [sys.executable, "-IS", "-c", code, place, *sys.argv[1:]], of_this_process()
+    )
 
 
 if __name__ == "__main__":

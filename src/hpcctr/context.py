@@ -1,7 +1,7 @@
 """Who asks and where: facts from the kernel, never from a request.
 
-A :class:`Caller` comes from the peer credentials of its socket and is checked again against /proc while a pidfd is held:
-a pid that has been reused, a zombie leader with a living thread, or a set-user-ID program in between are refused.
+A :class:`Caller` comes from the peer credentials of its socket and is checked again against /proc while a pidfd is
+held: a pid that has been reused, a zombie leader with a living thread, or a set-user-ID program in between are refused.
 """
 
 from __future__ import annotations
@@ -89,12 +89,15 @@ class Caller:
         if status.get("NoNewPrivs", "0") != "0":
             raise NoNewPrivileges(
                 f"pid {self.pid} has no_new_privs set, so enter would get no capability",
-                hint="start hpcctr outside the sandbox that set it (a container, systemd NoNewPrivileges=, setpriv --no-new-privs)",
+                hint="start hpcctr outside the sandbox that set it "
+                "(a container, systemd NoNewPrivileges=, setpriv --no-new-privs)",
             )
         self.require_alive()
 
     def require_enter(self, enter: os.stat_result, *, permitted: int) -> None:
-        """Raise :class:`CallerRefused` unless this process now executes ``enter`` with ``permitted`` as permitted set."""
+        """Raise :class:`CallerRefused` unless this process now executes ``enter`` with ``permitted`` as permitted
+        set.
+        """
         status = self.read_status()
         its = self._stat("exe")
         if (its.st_dev, its.st_ino) != (enter.st_dev, enter.st_ino):
@@ -149,8 +152,8 @@ def _peer_pidfd(peer: socket.socket, pid: int) -> int:
     try:
         return peer.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
-        # Before Linux 6.5, or the peer has been reaped. A pidfd of the number may be somebody else's by then; what makes it
-        # safe is that every fact is read while it is held and compared with the socket's credentials.
+        # Before Linux 6.5, or the peer has been reaped. A pidfd of the number may be somebody else's by then; what
+        # makes it safe is that every fact is read while it is held and compared with the socket's credentials.
         pass
     try:
         return os.pidfd_open(pid)

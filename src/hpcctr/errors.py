@@ -1,10 +1,12 @@
 """Every way hpcctr can fail, as one tree.
 
-A class owns its ``slug`` (stable, greppable, in ``docs/errors.md``) and its exit status; an instance carries the message
-(what, why) and a hint (a command or a file to edit). The same class is raised on either side of the engine's socket: the
-session sends slug, message and hint, the client looks the class up with :func:`of_slug` and raises it again.
+A class owns its ``slug`` (stable, greppable, in ``docs/errors.md``) and its exit status; an instance carries the
+message (what, why) and a hint (a command or a file to edit). The same class is raised on either side of the engine's
+socket: the session sends slug, message and hint, the client looks the class up with :func:`of_slug` and raises it
+again.
 
-Exit statuses before the command has become the process: 125 hpcctr failed, 126 refused or not executable, 127 not found.
+Exit statuses before the command has become the process: 125 hpcctr failed, 126 refused or not executable, 127 not
+found.
 
 This module imports nothing: it is part of every launch.
 """

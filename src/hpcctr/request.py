@@ -1,8 +1,8 @@
 """What a caller asks for: the words of ``hpcctr run``, and the request that crosses the socket.
 
-``RUN_OPTIONS`` is the one declaration of run's options: the short lane parses by it (:func:`RunWords.parse`), the typer command is
-made from it, and documentation is checked against it. :class:`LaunchRequest` is all that leaves the user's process: no uid, no
-command, no environment, no source path.
+``RUN_OPTIONS`` is the one declaration of run's options: the short lane parses by it (:func:`RunWords.parse`), the
+typer command is made from it, and documentation is checked against it. :class:`LaunchRequest` is all that leaves the
+user's process: no uid, no command, no environment, no source path.
 
 Imports nothing but the error classes and frames: it is part of every launch.
 """
@@ -220,7 +220,9 @@ class LaunchRequest:
         self.explain = explain
 
     def targets_with(self, carry: Sequence[str]) -> tuple[Target, ...]:
-        """The targets and the site's directories, without those that lie below another: they exist in the other's source."""
+        """The targets and the site's directories, without those that lie below another: they exist in the other's
+        source.
+        """
         wanted = {target.path: target for target in self.targets}
         for path in carry:
             wanted.setdefault(os.fsencode(path), Target("d", os.fsencode(path)))

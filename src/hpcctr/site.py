@@ -49,7 +49,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     runtime: Literal["runc", "crun"] = "runc"
     #: Seconds a node container stays after its last member has ended.
     linger_seconds: float = 60.0
-    #: Directories of the host, beside /tmp, home and the working directory, that every launch sees where the caller does.
+    #: Directories of the host, beside /tmp, home and the working directory, that every launch sees where the caller
+    #: does.
     carry: tuple[str, ...] = ()
     #: Variables set in every container (host feature of the site).
     env: dict[str, str] = {}
@@ -94,7 +95,8 @@ def _read(path: str) -> bytes:
 def read_root_owned(path: str) -> bytes:
     """The content of a file only root can have written. Raises :class:`PolicyUnusable` otherwise, OSError as open does.
 
-    The owner is looked at after opening, on the descriptor: the other way round another file could be slipped in between.
+    The owner is looked at after opening, on the descriptor: the other way round another file could be slipped in
+    between.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:

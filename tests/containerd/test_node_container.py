@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcctr.engine.members import is_anchor
 from hpcctr.errors import ContainerdFailed, ContainerdUnavailable, EngineBusy, ImageMountFailed, TargetImpossible
 from tests.support.containerd import Containerd
 from tests.support.mountinfo import read_mountinfo
@@ -81,6 +82,24 @@ def test_its_anchor_is_the_callers_and_can_gain_nothing(engine: NodeEngine) -> N
     assert [status[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")] == ["0" * 16] * 5
     assert status["NoNewPrivs"] == "1"
     assert Path(f"/proc/{anchor}/oom_score_adj").read_text() == "0\n"
+
+
+def test_its_anchor_cannot_be_looked_into_by_its_user(engine: NodeEngine) -> None:
+    anchor = _anchor(engine, engine.get().container_id)
+    user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--inh-caps=-all"]
+    for place in ("root/etc", "fd", "cwd/", "map_files"):
+        looked = engine.host.run([*user, "ls", f"/proc/{anchor}/{place}"], check=False)
+        assert looked.stderr.endswith(b"Permission denied\n"), place
+    for file in ("environ", "mem", "auxv"):
+        assert engine.host.run([*user, "cat", f"/proc/{anchor}/{file}"], check=False).returncode != 0, file
+
+
+def test_its_anchor_is_told_apart_from_programs_by_its_cgroup(engine: NodeEngine) -> None:
+    got = engine.get()
+    member = engine.enter(got)
+    assert is_anchor(_anchor(engine, got.container_id))
+    assert not is_anchor(member.pid)
+    member.kill()
 
 
 def test_all_namespaces_but_the_mount_namespace_are_the_nodes(engine: NodeEngine) -> None:

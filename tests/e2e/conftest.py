@@ -54,7 +54,9 @@ class Profile:
 
 @pytest.fixture(scope="module")
 def module_leaves_nothing(shared_node: Node) -> Iterator[None]:
-    """The tests of a module together leave nothing on the shared node; one by one, the linger would cost a second each."""
+    """The tests of a module together leave nothing on the shared node; one by one, the linger would cost a second
+    each.
+    """
     before = Leftovers.of(shared_node.host, shared_node.containerd)
     yield
     require_nothing_new(before)

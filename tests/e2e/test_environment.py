@@ -25,7 +25,10 @@ def test_the_callers_variables_arrive_and_the_hosts_paths_do_not(profile: Profil
 
 
 def test_a_hostile_pythonpath_does_not_reach_the_client(gateway: Profile) -> None:
-    assert _environment(gateway, PYTHONPATH=gateway.home, PYTHONSTARTUP="/nowhere", PYTHONHOME="/nowhere")["HOME"] == gateway.home
+    assert (
+        _environment(gateway, PYTHONPATH=gateway.home, PYTHONSTARTUP="/nowhere", PYTHONHOME="/nowhere")["HOME"]
+        == gateway.home
+    )
 
 
 def test_nothing_is_added_behind_the_callers_back(gateway: Profile) -> None:
@@ -37,7 +40,9 @@ def test_nothing_is_added_behind_the_callers_back(gateway: Profile) -> None:
 
 
 def test_e_sets_passes_and_wins(profile: Profile) -> None:
-    seen = _environment(profile, "-e", "A=b=c", "-e", "LD_PRELOAD", "-e", "HPCCTR_IMAGE=mine", "-e", "NONE", LD_PRELOAD="")
+    seen = _environment(
+        profile, "-e", "A=b=c", "-e", "LD_PRELOAD", "-e", "HPCCTR_IMAGE=mine", "-e", "NONE", LD_PRELOAD=""
+    )
     assert (seen["A"], seen["LD_PRELOAD"], seen["HPCCTR_IMAGE"]) == ("b=c", "", "mine")
     assert "NONE" not in seen
 
@@ -49,11 +54,16 @@ def test_clean_env_starts_from_the_image(profile: Profile) -> None:
 
 
 def test_explain_prints_the_plan_and_runs_nothing(profile: Profile) -> None:
-    done = profile.run("touch", f"{profile.home}/never", flags=["--explain", "-e", "A=1", "-v", "/var:/host-var:ro"], env={"LD_X": "1"})
+    done = profile.run(
+        "touch", f"{profile.home}/never", flags=["--explain", "-e", "A=1", "-v", "/var:/host-var:ro"], env={"LD_X": "1"}
+    )
     text = done.stdout.decode()
     for words in ("sha256:", "touch", "/host-var", "A ", "LD_X", "describes the host's files", "built-in policy"):
         assert words in text
-    assert "No such file" in profile.node.host.run(["ls", f"{profile.home}/never"], user=profile.user, check=2).stderr.decode()
+    assert (
+        "No such file"
+        in profile.node.host.run(["ls", f"{profile.home}/never"], user=profile.user, check=2).stderr.decode()
+    )
 
 
 def test_the_image_list_is_machine_readable(gateway: Profile) -> None:

@@ -183,7 +183,9 @@ def test_pulling_a_truncated_archive_publishes_nothing(shared_node: Node, busybo
     assert not list((shared_node.site.store / "tmp").iterdir())
 
 
-def test_pulling_for_another_architecture_and_running_it_here(shared_node: Node, alice: User, busybox_image: str) -> None:
+def test_pulling_for_another_architecture_and_running_it_here(
+    shared_node: Node, alice: User, busybox_image: str
+) -> None:
     text = shared_node.hpcctr("pull", "--platform", "linux/s390x", busybox_image, check=125).stderr.decode()
     assert "error[platform]" in text and "s390x" in text, text
 

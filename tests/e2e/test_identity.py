@@ -30,7 +30,15 @@ def test_the_callers_names_are_known_inside(gateway: Profile) -> None:
 
 def test_the_programs_pid_is_the_pid_of_hpcctr(gateway: Profile) -> None:
     process = gateway.node.popen(
-        "run", gateway.image, "--", "sh", "-c", "echo $$; exec cat", user=gateway.user, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        "run",
+        gateway.image,
+        "--",
+        "sh",
+        "-c",
+        "echo $$; exec cat",
+        user=gateway.user,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
     assert int(process.stdout.readline()) == process.pid
@@ -71,7 +79,7 @@ def test_limits_umask_niceness_affinity_personality_and_death_signal_are_the_cal
         "cut -d' ' -f19 /proc/self/stat"
     )
     inside = gateway.node.host.run(
-        ["sh", "-c", LIMITED, "sh", HPCCTR, "run", gateway.image, "--", "sh", "-c", probe],
+        ["sh", "-c", LIMITED, "sh", str(HPCCTR), "run", gateway.image, "--", "sh", "-c", probe],
         user=gateway.user,
         env=gateway.node.environment(),
     )
@@ -102,7 +110,17 @@ def test_descriptors_are_handed_down_and_no_other_is_open(gateway: Profile, plac
 
 def test_arguments_and_environment_are_bytes(gateway: Profile) -> None:
     words = [b"\xff\xfe", b"", b"a b", b"\n", b"--", b"-v"]
-    argv = [os.fsencode(HPCCTR), b"run", os.fsencode(gateway.image), b"--", b"sh", b"-c", b'printf "%s|" "$@"; printf %s "$MINE"', b"sh", *words]
+    argv = [
+        os.fsencode(HPCCTR),
+        b"run",
+        os.fsencode(gateway.image),
+        b"--",
+        b"sh",
+        b"-c",
+        b'printf "%s|" "$@"; printf %s "$MINE"',
+        b"sh",
+        *words,
+    ]
     user = gateway.user
     assert user is not None
     done = subprocess.run(
@@ -131,7 +149,9 @@ def test_death_by_signal_is_death_by_signal(profile: Profile) -> None:
 
 def test_a_signal_to_hpcctr_reaches_the_program(profile: Profile) -> None:
     script = "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.1; done"
-    process = profile.node.popen("run", profile.image, "--", "sh", "-c", script, user=profile.user, stdout=subprocess.PIPE)
+    process = profile.node.popen(
+        "run", profile.image, "--", "sh", "-c", script, user=profile.user, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.terminate()
@@ -142,7 +162,15 @@ def test_a_signal_to_hpcctr_reaches_the_program(profile: Profile) -> None:
 def test_engine_and_containerd_may_go_while_programs_run(own_node_with_busybox: Profile) -> None:
     profile = own_node_with_busybox
     process = profile.node.popen(
-        "run", profile.image, "--", "sh", "-c", "echo ready; cat; ls /bin/sh", user=profile.user, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        "run",
+        profile.image,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; cat; ls /bin/sh",
+        user=profile.user,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -155,7 +183,15 @@ def test_engine_and_containerd_may_go_while_programs_run(own_node_with_busybox: 
 
 def test_nothing_of_hpcctr_stays_between_caller_and_program(gateway: Profile) -> None:
     process = gateway.node.popen(
-        "run", gateway.image, "--", "sh", "-c", "echo; exec cat", user=gateway.user, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        "run",
+        gateway.image,
+        "--",
+        "sh",
+        "-c",
+        "echo; exec cat",
+        user=gateway.user,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
     process.stdout.readline()

@@ -1,4 +1,6 @@
-"""Node containers through a node's life: one for many launches, gone when nobody needs it, found again after a restart."""
+"""Node containers through a node's life: one for many launches, gone when nobody needs it, found again after a
+restart.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ pytestmark = [pytest.mark.root, pytest.mark.containerd]
 def _start(profile: Profile, *flags: str) -> subprocess.Popen[bytes]:
     """A program that runs until its stdin ends."""
     process = profile.node.popen(
-        "run", *flags, profile.image, "--", "sh", "-c", "echo; exec cat", user=profile.user, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        "run",
+        *flags,
+        profile.image,
+        "--",
+        "sh",
+        "-c",
+        "echo; exec cat",
+        user=profile.user,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"\n"
@@ -159,7 +170,9 @@ def test_runc_builds_containers_where_only_cgroup2_is_shown(place: Path, alice: 
         require_nothing_new(before)
 
 
-def test_mounts_of_programs_stay_off_a_host_whose_mounts_are_shared(place: Path, alice: User, busybox_image: str) -> None:
+def test_mounts_of_programs_stay_off_a_host_whose_mounts_are_shared(
+    place: Path, alice: User, busybox_image: str
+) -> None:
     with node(place, propagation="shared") as started:
         started.pull(busybox_image)
         before = {mount.target for mount in started.host.mounts()}

@@ -93,7 +93,9 @@ def test_a_volume_is_opened_with_the_callers_rights(gateway: Profile, place: Pat
 def test_a_volume_inside_another_is_on_top_of_it(profile: Profile, mine: Path) -> None:
     (mine / "sub").mkdir()
     script = "ls /m; ls /m/sub"
-    assert profile.output("sh", "-c", script, flags=["-v", f"{mine}:/m", "-v", f"{mine}:/m/sub"]) == "in\nsub\nin\nsub\n"
+    assert (
+        profile.output("sh", "-c", script, flags=["-v", f"{mine}:/m", "-v", f"{mine}:/m/sub"]) == "in\nsub\nin\nsub\n"
+    )
 
 
 def test_without_home_there_is_none(gateway: Profile) -> None:
@@ -125,7 +127,9 @@ def test_name_resolution_and_time_zone_are_the_nodes(profile: Profile) -> None:
 def test_what_a_program_mounts_or_sees_stays_its_own(profile: Profile) -> None:
     before = {mount.target for mount in profile.node.host.mounts()}
     script = "cat /proc/self/mountinfo; sleep 0.2"
-    process = profile.node.popen("run", profile.image, "--", "sh", "-c", script, user=profile.user, stdout=subprocess.PIPE)
+    process = profile.node.popen(
+        "run", profile.image, "--", "sh", "-c", script, user=profile.user, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     inside = process.stdout.read().decode()
     during = {mount.target for mount in profile.node.host.mounts()} - before

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Self
 
 from tests.support import enter
-from tests.support.enter import ALICE, World
+from tests.support.enter import Account, World
 from tests.support.polling import wait_until
+
+NOBODY = Account(uid=65534, gid=65534, groups=(65534,))
+"""The bus looks its clients up in passwd(5): a number alone it does not serve."""
 
 _CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -63,7 +66,7 @@ def _method_call(serial: int, destination: str, member: str, *, descriptors: int
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """One of Alice's connections, named by the bus."""
+    """An ordinary user's connection, named by the bus."""
 
     sock: socket.socket
     name: str
@@ -103,24 +106,23 @@ class Bus:
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Connection]:
-        sock = self.world.connect(self.path, socket.SOCK_STREAM)
+        sock = self.world.connect(self.path, socket.SOCK_STREAM, account=NOBODY)
         sock.settimeout(20)
         report_reader, report_writer = os.pipe()
 
         def greet() -> None:
             # The bus takes the identity from SO_PEERCRED; who speaks after that does not matter to it.
-            sock.sendall(b"\0AUTH EXTERNAL " + str(ALICE.uid).encode().hex().encode() + b"\r\n")
+            sock.sendall(b"\0AUTH EXTERNAL " + str(NOBODY.uid).encode().hex().encode() + b"\r\n")
             assert sock.recv(1000).startswith(b"OK ")
             sock.sendall(b"NEGOTIATE_UNIX_FD\r\n")
             assert sock.recv(1000).startswith(b"AGREE_UNIX_FD")
             sock.sendall(b"BEGIN\r\n" + _method_call(1, "org.freedesktop.DBus", "Hello"))
             answer = sock.recv(65536)
-            print(answer, flush=True)
             name = answer[answer.rindex(b":1.") :].partition(b"\0")[0]
             os.write(report_writer, name)
 
         with sock:
-            assert enter.ended(self.world.child(greet)) == 0
+            assert enter.ended(self.world.child(greet, account=NOBODY)) == 0
             name = os.read(report_reader, 100).decode()
             os.close(report_reader)
             os.close(report_writer)

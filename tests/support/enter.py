@@ -304,14 +304,16 @@ class World:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         return listener
 
-    def connect(self, path: str, kind: socket.SocketKind = socket.SOCK_SEQPACKET) -> socket.socket:
-        """A socket of Alice's connected to `path` of the Host."""
+    def connect(
+        self, path: str, kind: socket.SocketKind = socket.SOCK_SEQPACKET, *, account: Account = ALICE
+    ) -> socket.socket:
+        """A socket of the account's, connected to `path` of the Host."""
         connection = socket.socket(socket.AF_UNIX, kind)
 
         def work() -> None:
             connection.connect(path)
 
-        assert ended(self.child(work)) == 0
+        assert ended(self.child(work, account=account)) == 0
         return connection
 
     def build_container(self, *, prepare: str = ":", mark_read_only: bool = True, shared: bool = False) -> int:

@@ -30,9 +30,9 @@ def mpirun(ranks: int, *command: str, flags: Sequence[str] = ()) -> list[str]:
     """Open MPI's launcher of the host.
 
     A program of Open MPI 4 under the mpirun of Open MPI 5 takes itself for a job of one, in a container or not, unless
-    it is told of a daemon (check_launch_environment in Open MPI 4's orte/mca/schizo); what it is told does not matter.
+    it is told of a daemon (check_launch_environment in Open MPI 4's orte/mca/schizo); nobody need listen there.
     """
-    told = ["-x", "OMPI_MCA_orte_local_daemon_uri=none"] if open_mpi_version() >= (5,) else []
+    told = ["-x", "OMPI_MCA_orte_local_daemon_uri=0.0;tcp://127.0.0.1:1"] if open_mpi_version() >= (5,) else []
     return ["mpirun.openmpi", "-n", str(ranks), "--oversubscribe", *told, *flags, *command]
 
 

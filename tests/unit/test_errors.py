@@ -46,5 +46,7 @@ def test_every_slug_enter_prints_belongs_to_a_class_with_its_status() -> None:
             assert errors.of_slug(slug).slug == slug, f"{source.name}: {slug}"
             found.add((slug, statuses[status]))
     assert ("command-not-found", errors.NOT_FOUND) in found
-    wrong = {(slug, status) for slug, status in found if errors.of_slug(slug).exit_status not in (status, errors.FAILED)}
+    wrong = {
+        (slug, status) for slug, status in found if errors.of_slug(slug).exit_status not in (status, errors.FAILED)
+    }
     assert not wrong

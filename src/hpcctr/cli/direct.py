@@ -1,7 +1,7 @@
 """Direct mode: root, who may open containerd's socket, is their own engine for one launch.
 
-The child becomes the command; this process serves it over a socketpair, stays as its parent and takes the container down
-when it has ended. The fork comes first, before any thread of gRPC exists.
+The child becomes the command; this process serves it over a socketpair, stays as its parent and takes the container
+down when it has ended. The fork comes first, before any thread of gRPC exists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _IGNORED = (signal.SIGINT, signal.SIGQUIT)
 
 
 def run(words: RunWords) -> int:
-    """Run the command in a container of this process's own; its end, as a shell would tell it, or death by its signal."""
+    """Run the command in a container of this process's own; its end, as a shell would tell it, or death by its
+    signal.
+    """
     site = _with_enter(load_site())
     _pull_if_wanted(words, site)
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -77,7 +77,10 @@ def _enter(site: Site) -> Iterator[Finding]:
         reason, remedy = problem
         missing = not Path(site.enter).parent.is_dir()
         yield Finding(
-            thing="enter", is_good=False, what=f"{site.enter}: {reason}", remedy="hpcctr engine install" if missing else remedy
+            thing="enter",
+            is_good=False,
+            what=f"{site.enter}: {reason}",
+            remedy="hpcctr engine install" if missing else remedy,
         )
     else:
         yield Finding(thing="enter", is_good=True, what=f"{site.enter}: root's, with its capabilities")

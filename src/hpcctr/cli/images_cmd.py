@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from hpcctr.cli.direct import load_site
 from hpcctr.cli.table import Format, print_rows, size
@@ -57,7 +65,11 @@ def pull_one(text: str, *, platform: str = "", name: str | None = None) -> str:
     ref = ImageRef.parse(text)
     with _shown(text) as shown:
         result = pull_image(
-            ref, site=load_site(), platform=platforms.parse(platform) if platform else None, name=name, progress=shown.update
+            ref,
+            site=load_site(),
+            platform=platforms.parse(platform) if platform else None,
+            name=name,
+            progress=shown.update,
         )
     record = result.image.record
     state = "up to date" if result.was_stored else f"pulled, {size(record.file_size)}"
@@ -102,7 +114,9 @@ def inspect(
 
 
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Names or digests as hpcctr images prints them.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Names or digests as hpcctr images prints them.")
+    ],
     platform: PlatformOption = None,
 ) -> None:
     """Remove names from the store, and images that no name means any more. Running programs keep their image."""
@@ -166,7 +180,13 @@ class _Lines:
 
 class _Bars:
     def __init__(self, text: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self._text = text
         self._tasks: dict[str, TaskID] = {}

@@ -1,4 +1,6 @@
-"""``hpcctr ps``: programs running in containers, read from /proc: they are ordinary processes, and nobody keeps a list."""
+"""``hpcctr ps``: programs running in containers, read from /proc: they are ordinary processes, and nobody keeps a
+list.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def _user_name(uid: int) -> str:
 
 
 def _image_of(process: Path) -> str:
-    """The image's name, as the launch put it into the environment; what the program made of it since is its own affair."""
+    """The image's name, as the launch put it into the environment; what the program made of it since is its own
+    affair.
+    """
     prefix = IMAGE_VARIABLE + b"="
     for entry in (process / "environ").read_bytes().split(b"\0"):
         if entry.startswith(prefix):

@@ -1,4 +1,6 @@
-"""``hpcctr run`` as a full command: help, ``--explain``, root's direct mode, and whatever the short lane leaves to it."""
+"""``hpcctr run`` as a full command: help, ``--explain``, root's direct mode, and whatever the short lane leaves to
+it.
+"""
 
 from __future__ import annotations
 
@@ -103,5 +105,6 @@ def launch(words: RunWords) -> int:
         from hpcctr.cli.explain import show
 
         show(prepare(words, connect()))
-        return 0
-    run(words)
+    else:
+        run(words)
+    return 0

@@ -1,7 +1,7 @@
 """What the caller's process takes along: directories and files of its own view, and where it starts.
 
-Nothing here needs or has privilege. Sources are named, not opened: enter opens them, with the caller's rights, in the caller's
-mount namespace.
+Nothing here needs or has privilege. Sources are named, not opened: enter opens them, with the caller's rights, in the
+caller's mount namespace.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: Directories that make up a system: the image's are wanted, so a working directory or home there is not carried in.
 _SYSTEM = (
-    b"/bin", b"/boot", b"/dev", b"/etc", b"/lib", b"/lib32", b"/lib64", b"/libx32", b"/proc", b"/sbin", b"/sys", b"/usr",
-    b"/run/hpcctr",
+    b"/bin", b"/boot", b"/dev", b"/etc", b"/lib", b"/lib32", b"/lib64", b"/libx32", b"/proc", b"/sbin", b"/sys",
+    b"/usr", b"/run/hpcctr",
 )  # fmt: skip
 #: Of these, only what lies below is carried, never the directory itself.
 _SYSTEM_TOPS = (b"/", b"/media", b"/mnt", b"/opt", b"/run", b"/srv", b"/var")
@@ -56,7 +56,9 @@ class Baggage:
         self.directory = directory
 
     def targets(self) -> list[Target]:
-        """The mount points the container must have. One below another mount exists in that mount's source, or not at all."""
+        """The mount points the container must have. One below another mount exists in that mount's source, or not at
+        all.
+        """
         outermost: list[Target] = []
         for mount in self.mounts:
             if not any(mount.target.startswith(target.path + b"/") for target in outermost):
@@ -74,8 +76,8 @@ def gather(
 ) -> Baggage:
     """The baggage for a caller with these environment ``variables``.
 
-    ``volumes`` are the words of ``-v``; ``site_directories`` those of the site that are carried where they exist. Raises
-    :class:`SourceMissing`, :class:`TargetImpossible`, :class:`WorkingDirectoryMissing`, :class:`UsageWrong`.
+    ``volumes`` are the words of ``-v``; ``site_directories`` those of the site that are carried where they exist.
+    Raises :class:`SourceMissing`, :class:`TargetImpossible`, :class:`WorkingDirectoryMissing`, :class:`UsageWrong`.
     """
     here = _working_directory(workdir)
     wanted: dict[bytes, Mount] = {}

@@ -21,7 +21,8 @@ def connect(path: str = ENGINE_SOCKET) -> _socket.socket:
         sock.close()
         raise EngineUnreachable(
             f"no engine answers on {path}: {error.strerror}",
-            hint="an administrator starts it: systemctl start hpcctr-engine.socket, or hpcctr engine serve; see hpcctr doctor",
+            hint="an administrator starts it: systemctl start hpcctr-engine.socket, or hpcctr engine serve; "
+            "see hpcctr doctor",
         ) from None
     # SO_RCVTIMEO instead of settimeout(): that would set O_NONBLOCK on the description enter takes over.
     wait = _PATIENCE.to_bytes(8, "little") + bytes(8)

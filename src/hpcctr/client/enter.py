@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+# The C half of signal, whose Python half imports enum.
+import _signal  # type: ignore[import-not-found]
 import os
-
-import _signal
 
 from hpcctr.errors import EnterUnusable, NoCommand
 
@@ -21,7 +21,9 @@ _PR_GET_PDEATHSIG = 2
 
 
 def candidates(command: bytes, path: bytes) -> list[bytes]:
-    """The files execvp(3) would try for ``command``: itself when it has a slash, else one for each directory of ``path``."""
+    """The files execvp(3) would try for ``command``: itself when it has a slash, else one for each directory of
+    ``path``.
+    """
     if not command:
         raise NoCommand("the command is an empty word", hint="hpcctr run IMAGE -- CMD")
     if b"/" in command:
@@ -49,7 +51,7 @@ def plan(
     return [*words, directory, b"%d" % len(tries), *tries, *command]
 
 
-def become(program: bytes, argv: Sequence[bytes], environment: dict[bytes, bytes]) -> NoReturn:
+def become(program: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> NoReturn:
     """execve enter. Raises :class:`EnterUnusable` when that fails.
 
     Python ignores SIGPIPE and SIGXFSZ at its start; an ignored signal stays ignored over execve, so both are put back.
@@ -57,7 +59,9 @@ def become(program: bytes, argv: Sequence[bytes], environment: dict[bytes, bytes
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
     try:
-        os.execve(program, argv, environment)
+        os.execve(  # noqa: S606 - becoming enter is the point
+            program, argv, environment
+        )
     except OSError as error:
         raise EnterUnusable(
             f"{os.fsdecode(program)}: {error.strerror}", hint="an administrator runs: hpcctr engine install"
@@ -74,14 +78,15 @@ def _personality() -> int:
 
 
 def _parent_death_signal() -> int:
-    """This process's PR_GET_PDEATHSIG, which the kernel clears when a program with capabilities starts; 0 when none is set.
+    """This process's PR_GET_PDEATHSIG, which the kernel clears when a program with capabilities starts; 0 when none is
+    set.
 
     ``_ctypes`` is the only part of the standard library that reaches prctl(2).
     """
     try:
         import _ctypes
 
-        prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
+        prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")  # type: ignore[arg-type]  # None: this very process
         value = bytes(bytearray(4))
         _ctypes.call_function(prctl, (_PR_GET_PDEATHSIG, value))
     except (ImportError, OSError):

@@ -1,7 +1,7 @@
 """The command's environment: the caller's, but for what describes the host's files.
 
-Everything is bytes: names and values that are not text cross unchanged. Each variable keeps the reason for its value, so
-that ``--explain`` shows the same plan that a launch uses.
+Everything is bytes: names and values that are not text cross unchanged. Each variable keeps the reason for its value,
+so that ``--explain`` shows the same plan that a launch uses.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
 #: Variables that describe the host's file tree; inside, the image's value is taken. At most one ``*`` a glob.
 OF_THE_HOST = (
-    b"PATH", b"LD_*", b"GCONV_PATH", b"LOCPATH", b"NLSPATH", b"LOCALE_ARCHIVE", b"TERMINFO", b"MANPATH", b"INFOPATH",
-    b"PYTHONPATH", b"PYTHONHOME", b"PYTHONSTARTUP", b"VIRTUAL_ENV", b"CONDA_*", b"_CE_*", b"MAMBA_*", b"PERL5LIB", b"PERLLIB",
-    b"PERL_*", b"R_HOME", b"R_LIBS*", b"TCLLIBPATH", b"JAVA_HOME", b"CLASSPATH", b"GEM_*", b"NODE_PATH", b"JULIA_*",
-    b"OPAL_PREFIX", b"PMIX_PREFIX", b"PMIX_INSTALL_PREFIX", b"PRTE_PREFIX", b"MPI_HOME", b"MPICH_HOME", b"I_MPI_ROOT", b"CPATH",
-    b"C_INCLUDE_PATH", b"CPLUS_INCLUDE_PATH", b"LIBRARY_PATH", b"PKG_CONFIG_PATH", b"CMAKE_PREFIX_PATH", b"*_CA_BUNDLE",
-    b"SSL_CERT_*", b"GIT_SSL_CAINFO", b"BASH_ENV", b"ENV", b"BASH_FUNC_*", b"MODULE*", b"LMOD_*", b"_ModuleTable*",
-    b"LOADEDMODULES", b"_LMFILES_*", b"XDG_DATA_DIRS", b"XDG_CONFIG_DIRS",
+    b"PATH", b"LD_*", b"GCONV_PATH", b"LOCPATH", b"NLSPATH", b"LOCALE_ARCHIVE", b"TERMINFO", b"MANPATH",
+    b"INFOPATH", b"PYTHONPATH", b"PYTHONHOME", b"PYTHONSTARTUP", b"VIRTUAL_ENV", b"CONDA_*", b"_CE_*",
+    b"MAMBA_*", b"PERL5LIB", b"PERLLIB", b"PERL_*", b"R_HOME", b"R_LIBS*", b"TCLLIBPATH", b"JAVA_HOME",
+    b"CLASSPATH", b"GEM_*", b"NODE_PATH", b"JULIA_*", b"OPAL_PREFIX", b"PMIX_PREFIX", b"PMIX_INSTALL_PREFIX",
+    b"PRTE_PREFIX", b"MPI_HOME", b"MPICH_HOME", b"I_MPI_ROOT", b"CPATH", b"C_INCLUDE_PATH",
+    b"CPLUS_INCLUDE_PATH", b"LIBRARY_PATH", b"PKG_CONFIG_PATH", b"CMAKE_PREFIX_PATH", b"*_CA_BUNDLE",
+    b"SSL_CERT_*", b"GIT_SSL_CAINFO", b"BASH_ENV", b"ENV", b"BASH_FUNC_*", b"MODULE*", b"LMOD_*",
+    b"_ModuleTable*", b"LOADEDMODULES", b"_LMFILES_*", b"XDG_DATA_DIRS", b"XDG_CONFIG_DIRS",
 )  # fmt: skip
 
 #: What ``--clean-env`` keeps of the caller's: who they are, and the wire-up of whatever launched them.
 KEPT_WHEN_CLEAN = (
-    b"HOME", b"USER", b"LOGNAME", b"TERM", b"TZ", b"TMPDIR", b"XDG_RUNTIME_DIR", b"PMI_*", b"PMI2_*", b"PMIX_*", b"OMPI_*",
-    b"PRTE_*", b"HYD*", b"MPI_LOCAL*", b"MPIR_*", b"SLURM_*", b"SLURMD_*", b"PBS_*", b"FLUX_*", b"PALS_*", b"LSB_*",
-    b"CUDA_VISIBLE_DEVICES", b"ROCR_VISIBLE_DEVICES", b"GPU_DEVICE_ORDINAL", b"ZE_AFFINITY_MASK", b"OMP_*",
+    b"HOME", b"USER", b"LOGNAME", b"TERM", b"TZ", b"TMPDIR", b"XDG_RUNTIME_DIR", b"PMI_*", b"PMI2_*",
+    b"PMIX_*", b"OMPI_*", b"PRTE_*", b"HYD*", b"MPI_LOCAL*", b"MPIR_*", b"SLURM_*", b"SLURMD_*", b"PBS_*",
+    b"FLUX_*", b"PALS_*", b"LSB_*", b"CUDA_VISIBLE_DEVICES", b"ROCR_VISIBLE_DEVICES", b"GPU_DEVICE_ORDINAL",
+    b"ZE_AFFINITY_MASK", b"OMP_*",
 )  # fmt: skip
 
 #: Variables that name a directory; without one behind it the variable would mislead.
@@ -86,8 +88,9 @@ def build(
 ) -> tuple[dict[bytes, Variable], dict[bytes, str]]:
     """(variables of the command, dropped variables with the reason).
 
-    ``image`` and ``host`` are NAME=VALUE of the image and of host features, ``requested`` the words of ``-e``. Later wins: the caller's
-    (or with ``clean`` the image's) base, host features, ``-e``. Raises :class:`UsageWrong` for an ``-e`` without a name.
+    ``image`` and ``host`` are NAME=VALUE of the image and of host features, ``requested`` the words of ``-e``. Later
+    wins: the caller's (or with ``clean`` the image's) base, host features, ``-e``. Raises :class:`UsageWrong` for an
+    ``-e`` without a name.
     """
     globs = (*OF_THE_HOST, *extra_globs)
     final: dict[bytes, Variable] = {}

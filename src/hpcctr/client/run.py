@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 from hpcctr.client import carry, connect, enter, environment
 from hpcctr.errors import NoCommand
 from hpcctr.request import LaunchRequest, RunWords
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     import _socket
+    from typing import NoReturn
 
     from hpcctr.wire import Frame
 
@@ -46,7 +43,8 @@ class Launch:
 
 
 def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
-    """Become the command of ``words``; ``sock`` is a connection to an engine in this session (root), else the node's is asked.
+    """Become the command of ``words``; ``sock`` is a connection to an engine in this session (root), else the node's
+    is asked.
 
     Raises any :class:`hpcctr.errors.HpcctrError` before that.
     """

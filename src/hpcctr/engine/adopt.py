@@ -39,8 +39,7 @@ def survivors(builder: NodeBuilder, *, known: Collection[str]) -> list[Survivor]
     # From here on nothing outside is asked: a failure would leave half of it done.
     members: dict[str, list[tuple[int, int]]] = {}
     for upper, pid, pidfd in members_in_proc(
-        {builder.upper(entry.container_id): int(entry.labels[LABEL_UID]) for entry in entries},
-        anchors={task.pid for task in tasks.values() if task is not None and task.is_created},
+        {builder.upper(entry.container_id): int(entry.labels[LABEL_UID]) for entry in entries}
     ):
         members.setdefault(upper, []).append((pid, pidfd))
     found: dict[str, Survivor] = {}

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import select
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from hpcctr.engine.mounts import MountEntry, read_mounts
 
 #: linux/nsfs.h.
 _NS_GET_USERNS = 0xB701
+#: The last part of the path that the spec's section ``linux`` gives an anchor.
+_ANCHOR_CGROUP = re.compile(r"/hpcctr-[0-9a-f]{32}-[0-9a-f]{8}$")
 
 
 class Members:
@@ -32,11 +35,15 @@ class Members:
         self._pids: dict[str, dict[int, int]] = {}
 
     def add(self, container_id: str, *, pid: int, pidfd: int) -> None:
-        """Watch a process. The descriptor is ours from here on; one that has ended is reported like any other."""
+        """Watch a process, which may have ended already. The descriptor is ours from here on. Raises OSError."""
         with self._lock:
+            try:
+                self._epoll.register(pidfd, select.EPOLLIN)
+            except OSError:
+                os.close(pidfd)
+                raise
             self._container_of[pidfd] = container_id
             self._pids.setdefault(container_id, {})[pidfd] = pid
-            self._epoll.register(pidfd, select.EPOLLIN)
 
     def pids(self, container_id: str) -> tuple[int, ...]:
         """The members of a container that are not known to have ended."""
@@ -76,16 +83,15 @@ class Members:
             self._epoll.close()
 
 
-def members_in_proc(upper_uids: Mapping[str, int], *, anchors: Collection[int]) -> list[tuple[str, int, int]]:
+def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Living processes by the upper layer of their root: upper layer, pid and a pidfd that the caller closes.
 
-    ``upper_uids`` says which upper layers matter and whose they are, ``anchors`` which processes are only the inits of
-    containers. Only mount namespaces of the engine's own user namespace are looked at: users can make others, with
-    mount tables that say anything and have any length.
+    ``upper_uids`` says which upper layers matter and whose they are. Only mount namespaces of the engine's own user
+    namespace are looked at: users can make others, with mount tables that say anything and have any length.
     """
     found = []
     for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) in anchors:
+        if not name.isdigit():
             continue
         pid = int(name)
         try:
@@ -95,7 +101,7 @@ def members_in_proc(upper_uids: Mapping[str, int], *, anchors: Collection[int]) 
         with contextlib.suppress(OSError, ValueError, StopIteration):
             if _is_in_a_view(pid):
                 upper = root_upper(pid)
-                if upper is not None and upper_uids.get(upper) == _real_uid(pid):
+                if upper is not None and upper_uids.get(upper) == _real_uid(pid) and not is_anchor(pid):
                     found.append((upper, pid, pidfd))
                     continue
         os.close(pidfd)
@@ -118,6 +124,12 @@ def is_roots(namespace: int) -> bool:
         return os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user"))
     finally:
         os.close(owner)
+
+
+def is_anchor(pid: int) -> bool:
+    """Whether a process is the init of a node container: alone in the container's cgroup. Raises OSError."""
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        return any(_ANCHOR_CGROUP.search(line) for line in file)
 
 
 def root_upper(pid: int) -> str | None:

@@ -123,12 +123,11 @@ class NodeContainers:
                 # Removed between get and join: who is inside keeps what it sees, and nothing else is left to keep.
                 return
             try:
-                pidfd = os.dup(caller.pidfd)
+                self._members.add(container.container_id, pid=caller.pid, pidfd=os.dup(caller.pidfd))
             except OSError as error:
                 raise EngineBusy(
                     f"the engine cannot watch another process: {error.strerror}", hint="try again"
                 ) from None
-            self._members.add(container.container_id, pid=caller.pid, pidfd=pidfd)
             slot.idle_since = None
 
     def listing(self) -> list[tuple[NodeContainer, tuple[int, ...]]]:
@@ -256,15 +255,18 @@ class NodeContainers:
             self._builder.take_down_in_containerd(slot.container_id)
         except HpcctrError:
             self._retry_later()
-        finally:
+        # The mounts go whether containerd answers or not: overlay and programs have a hold of their own on them.
+        for take_down, name in (
+            (self._builder.take_down_mount, slot.container_id),
+            (self._images.release, slot.container.image_mount),
+        ):
             try:
-                self._builder.take_down_mount(slot.container_id)
-                self._images.release(slot.container.image_mount)
+                take_down(name)
             except OSError as error:
-                print(f"hpcctr-engine: {slot.container_id}: cannot be unmounted: {error}", file=sys.stderr, flush=True)
+                print(f"hpcctr-engine: {name} cannot be unmounted: {error.strerror}", file=sys.stderr, flush=True)
                 self._retry_later()
-            with self._lock:
-                self._leaving.discard(slot.container_id)
+        with self._lock:
+            self._leaving.discard(slot.container_id)
 
     def _retry_later(self) -> None:
         with self._lock:

@@ -18,7 +18,7 @@ from hpcctr.containerd import Containerd
 from hpcctr.context import Caller
 from hpcctr.engine import session
 from hpcctr.engine.nodes import NodeContainers
-from hpcctr.errors import EngineBusy, EnterUnusable, HpcctrError, StoreUnusable
+from hpcctr.errors import CallerRefused, EngineBusy, HpcctrError, StoreUnusable
 from hpcctr.site import Site
 
 #: enter is compiled for this name and accepts no other.
@@ -53,7 +53,7 @@ class Gateway:
             except (HpcctrError, OSError):
                 return
             try:
-                self._enter_session(caller.uid)
+                self.begin_session(caller.uid)
             except EngineBusy as error:
                 session.refuse(self._door, peer, caller, error)
                 os.close(caller.pidfd)
@@ -61,20 +61,22 @@ class Gateway:
             try:
                 session.serve(self._door, peer, caller)
             finally:
-                self._leave_session(caller.uid)
+                self.end_session(caller.uid)
                 os.close(caller.pidfd)
 
-    def _enter_session(self, uid: int) -> None:
+    def begin_session(self, uid: int) -> None:
+        """Count a session of ``uid``. Raises :class:`EngineBusy` at the site's limits."""
         limits = self._door.site.limits
         with self._lock:
             if self._sessions[uid] >= limits.sessions_per_uid or self._sessions.total() >= limits.sessions:
                 raise EngineBusy(
-                    f"{self._sessions.total()} launches are under way on this node, {self._sessions[uid]} of them yours",
+                    f"{self._sessions.total()} launches are under way on this node, {self._sessions[uid]} yours",
                     hint="try again; the limits are [limits] of the site file",
                 )
             self._sessions[uid] += 1
 
-    def _leave_session(self, uid: int) -> None:
+    def end_session(self, uid: int) -> None:
+        """The session :meth:`begin_session` counted is over."""
         with self._lock:
             self._sessions[uid] -= 1
             if not self._sessions[uid]:
@@ -82,7 +84,7 @@ class Gateway:
 
 
 def serve(site: Site) -> int:
-    """Run the gateway until SIGTERM or SIGINT; the exit status. Raises :class:`HpcctrError` when it cannot start."""
+    """Run the gateway until SIGTERM or SIGINT; the exit status. Raises any :class:`HpcctrError` instead of starting."""
     if os.getuid() != 0:
         raise EnterUnusable(
             "the engine runs as root", hint="sudo hpcctr engine serve, or systemctl start hpcctr-engine.socket"
@@ -145,6 +147,6 @@ def own_listener(path: str) -> socket.socket:
             raise EngineBusy(f"an engine listens on {path} already", hint="stop it first")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
-    os.chmod(path, 0o666)
+    os.chmod(path, 0o666)  # noqa: S103 - everybody may ask; who they are the kernel says
     listener.listen(_BACKLOG)
     return listener

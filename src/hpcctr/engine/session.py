@@ -6,6 +6,7 @@ The same code serves the gateway (:mod:`hpcctr.engine.serve`, ordinary users) an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -23,7 +24,8 @@ from hpcctr.request import LaunchRequest
 from hpcctr.site import Site
 from hpcctr.wire import FRAME_MAX, Frame
 
-#: Seconds for a connected client to send its request, and for enter to open the caller's directories (automounts) and ask.
+#: Seconds for a connected client to send its request, and for enter to open the caller's directories (automounts) and
+#: ask.
 REQUEST_PATIENCE = 10.0
 ENTER_PATIENCE = 120.0
 _ENTER_BYTE = b"E"
@@ -129,7 +131,9 @@ def _require_enter_asks(peer: socket.socket, caller: Caller) -> None:
 
 
 def _enter_of(door: Door) -> os.stat_result:
-    """Identity of the installed enter. Raises :class:`EnterUnusable` when users could not go in with it, before anything is built."""
+    """Identity of the installed enter. Raises :class:`EnterUnusable` when users could not go in with it, before
+    anything is built.
+    """
     path = door.site.enter
     try:
         problem = enter_problem(Path(path)) if door.is_gateway else None
@@ -165,13 +169,14 @@ def _error_frame(error: HpcctrError) -> Frame:
 
 
 def _try_to_send(peer: socket.socket, packet: bytes) -> None:
-    try:
+    # A caller that has gone is in the audit line already.
+    with contextlib.suppress(OSError):
         peer.sendall(packet)
-    except OSError:
-        pass  # the caller has gone; the audit line is written
 
 
-def _audit(door: Door, outcome: str, caller: Caller, grant: Grant | None = None, *, error: HpcctrError | None = None) -> None:
+def _audit(
+    door: Door, outcome: str, caller: Caller, grant: Grant | None = None, *, error: HpcctrError | None = None
+) -> None:
     """The gateway's line per decision on stderr (the journal). Words that a request could influence are quoted."""
     if not door.is_gateway:
         return

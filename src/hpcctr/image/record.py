@@ -20,7 +20,9 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The part of the image's config that a launch reads (OCI image-spec ``config.md``). All of it is the image's claim."""
+    """The part of the image's config that a launch reads (OCI image-spec ``config.md``). All of it is the image's
+    claim.
+    """
 
     env: tuple[str, ...] = ()
     entrypoint: tuple[str, ...] = ()

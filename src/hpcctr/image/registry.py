@@ -144,8 +144,8 @@ class RegistrySource:
     def _get(self, url: str, headers: Mapping[str, str], what: str) -> requests.Response:
         response = self._send(url, headers)
         if response.status_code == 401:
-            self._authenticate(response)
-            response.close()
+            with response:
+                self._authenticate(response)
             response = self._send(url, headers)
         if response.status_code == 429 and (wait := _seconds(response.headers.get("Retry-After", ""))) is not None:
             response.close()

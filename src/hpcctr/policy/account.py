@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import pwd
 
@@ -11,14 +12,10 @@ from hpcctr.context import Caller
 def names_of(caller: Caller) -> frozenset[str]:
     """Uid, login name, and ``@`` before the name and number of every group. What NSS does not know is left out."""
     names = {str(caller.uid)}
-    try:
+    with contextlib.suppress(KeyError):
         names.add(pwd.getpwuid(caller.uid).pw_name)
-    except KeyError:
-        pass
     for gid in (caller.gid, *caller.groups):
         names.add(f"@{gid}")
-        try:
+        with contextlib.suppress(KeyError):
             names.add("@" + grp.getgrgid(gid).gr_name)
-        except KeyError:
-            pass
     return frozenset(names)

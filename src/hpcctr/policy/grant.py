@@ -1,4 +1,6 @@
-"""Grant: what policy allowed. Complete and frozen: the spec and the node container are made from it and nothing else."""
+"""Grant: what policy allowed. Complete and frozen: the spec and the node container are made from it and nothing
+else.
+"""
 
 from __future__ import annotations
 

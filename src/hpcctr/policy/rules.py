@@ -1,4 +1,6 @@
-"""Rules of a site: who may launch what. Files of ``policy.d`` in order of name, rules in order of writing, first match decides."""
+"""Rules of a site: who may launch what. Files of ``policy.d`` in order of name, rules in order of writing, first match
+decides.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import msgspec
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One ``[[rule]]``.
 
-    ``users`` are login names, uids, ``@GROUP`` or ``*``; ``images`` are globs over names as ``hpcctr images`` prints them
-    (``*`` crosses slashes). An absent list matches everybody or everything.
+    ``users`` are login names, uids, ``@GROUP`` or ``*``; ``images`` are globs over names as ``hpcctr images`` prints
+    them (``*`` crosses slashes). An absent list matches everybody or everything.
     """
 
     name: str
@@ -39,5 +41,6 @@ class PolicyFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rule: tuple[Rule, ...] = ()
 
 
-#: The policy of a site without policy files: whatever the administrator put into the shared store may be run by anybody.
+#: The policy of a site without policy files: whatever the administrator put into the shared store may be run by
+#: anybody.
 BUILT_IN = (Rule(name="shared-store", action="allow", file="built-in policy"),)

@@ -13,7 +13,9 @@ from hpcctr.errors import SourceMissing, TargetImpossible, UsageWrong, WorkingDi
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A directory tree ``home/work`` and ``data``, the caller standing in ``home/work``; not below /tmp, which is always carried."""
+    """A directory tree ``home/work`` and ``data``, the caller standing in ``home/work``; not below /tmp, which is
+    always carried.
+    """
     (tmp_path / "home/work").mkdir(parents=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/file").write_text("x")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpcctr.engine.members import Members, is_roots, members_in_proc, root_upper, upper_in
+from hpcctr.engine.members import Members, is_anchor, is_roots, members_in_proc, root_upper, upper_in
 from hpcctr.engine.mounts import MountEntry
 
 
@@ -101,7 +101,8 @@ def test_the_upper_layer_is_that_of_the_root_only() -> None:
 
 def test_this_process_is_in_no_container() -> None:
     assert root_upper(os.getpid()) is None
-    assert members_in_proc({"/nothing": os.getuid()}, anchors=()) == []
+    assert members_in_proc({"/nothing": os.getuid()}) == []
+    assert not is_anchor(os.getpid())
 
 
 def test_a_namespace_of_this_user_namespace_is_roots() -> None:

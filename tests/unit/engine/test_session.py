@@ -88,7 +88,15 @@ def _answer(sock: socket.socket) -> Frame:
 
 
 @pytest.mark.parametrize(
-    "packet", [b"x", b"hpcctr/1 run\0", b"hpcctr/1 stop\0", b"hpcctr/9 run\0image=x\0", b"hpcctr/1 run\0image=x\0uid=0\0", b"\0" * 70000]
+    "packet",
+    [
+        b"x",
+        b"hpcctr/1 run\0",
+        b"hpcctr/1 stop\0",
+        b"hpcctr/9 run\0image=x\0",
+        b"hpcctr/1 run\0image=x\0uid=0\0",
+        b"\0" * 70000,
+    ],
 )
 def test_what_is_no_request_is_answered_with_an_error(serving: Serving, nodes: NoContainers, packet: bytes) -> None:
     sock = serving()

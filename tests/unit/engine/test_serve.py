@@ -1,0 +1,83 @@
+"""The gateway's socket, directories and limits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcctr.engine import serve
+from hpcctr.errors import EngineBusy, StoreUnusable
+from hpcctr.site import LimitSettings, Site
+
+pytestmark = pytest.mark.root
+
+
+def test_the_socket_is_everybodys_and_a_dead_one_is_replaced(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    serve.own_listener(path).close()
+    with serve.own_listener(path):
+        assert os.stat(path).st_mode & 0o777 == 0o666
+        with pytest.raises(EngineBusy, match="already"):
+            serve.own_listener(path)
+
+
+def test_a_listening_socket_of_systemd_is_taken_over(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+        "from hpcctr.engine.serve import inherited_listener;"
+        "s = inherited_listener(); print(s.getsockname(), s.family.name, s.type.name, s.get_inheritable())"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(listener.fileno())],
+            env={**os.environ, "LISTEN_FDS": "1"},
+            pass_fds=[listener.fileno()],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == f"{tmp_path}/s AF_UNIX SOCK_SEQPACKET False\n"
+
+
+def test_without_systemd_there_is_no_inherited_listener() -> None:
+    assert serve.inherited_listener() is None
+
+
+def test_directories_of_somebody_else_stop_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "RUN_DIRECTORY", str(tmp_path / "run"))
+    monkeypatch.setattr(serve, "STATE_DIRECTORY", str(tmp_path / "run/state"))
+    serve.make_run_directory()
+    assert os.stat(tmp_path / "run/state").st_mode & 0o777 == 0o700
+    serve.make_run_directory()
+    os.chmod(tmp_path / "run/state", 0o755)
+    with pytest.raises(StoreUnusable, match="state"):
+        serve.make_run_directory()
+    os.chmod(tmp_path / "run/state", 0o700)
+    os.chown(tmp_path / "run", 1234, 0)
+    with pytest.raises(StoreUnusable, match="run"):
+        serve.make_run_directory()
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setattr(serve, "RUN_DIRECTORY", str(tmp_path / "link"))
+    with pytest.raises(StoreUnusable, match="link"):
+        serve.make_run_directory()
+
+
+def test_sessions_are_limited_in_all_and_for_one_user() -> None:
+    site = Site(limits=LimitSettings(sessions=3, sessions_per_uid=2))
+    gateway = serve.Gateway(site, nodes=None)  # type: ignore[arg-type]
+    gateway.begin_session(1000)
+    gateway.begin_session(1000)
+    with pytest.raises(EngineBusy):
+        gateway.begin_session(1000)
+    gateway.begin_session(1001)
+    with pytest.raises(EngineBusy):
+        gateway.begin_session(1002)
+    gateway.end_session(1000)
+    gateway.begin_session(1002)

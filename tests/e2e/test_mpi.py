@@ -29,7 +29,7 @@ from tests.support.node import Node
 from tests.support.polling import wait_until
 from tests.support.users import User
 
-pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.network, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.network, pytest.mark.timeout(180, func_only=True)]
 
 FAMILIES: tuple[Family, ...] = ("openmpi", "mpich")
 

@@ -19,7 +19,7 @@ from tests.support.scratch import scratch
 from tests.support.slurm import Slurm, slurm
 from tests.support.users import User
 
-pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.network, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.network, pytest.mark.timeout(180, func_only=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

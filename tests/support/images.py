@@ -55,7 +55,7 @@ def _built(kind: str, name: str, digest: str, build: Callable[[Path], Sequence[s
         unfinished = finished.with_name(f"{finished.name}.unfinished")
         _remove(unfinished)
         command = [str(word) for word in build(unfinished)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
         for old in finished.parent.glob(f"{name}-*"):
             if old != unfinished:

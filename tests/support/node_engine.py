@@ -95,7 +95,8 @@ class NodeEngine:
         entered = ["nsenter", f"--mount={container.namespace}", *identity, "/bin/sh", "-c", script, "sh", *argv]
         process = self.host.popen(entered, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        assert process.stdout.readline() == b"in\n"
+        said = process.stdout.readline()
+        assert said == b"in\n", f"{argv} did not get in: said {said!r}, status {process.poll()}"
         return process
 
     def run_inside(self, container: Got, *argv: str, uid: int | None = None, check: bool = True) -> str:

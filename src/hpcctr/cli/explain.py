@@ -5,50 +5,43 @@ from __future__ import annotations
 import os
 import shlex
 
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from hpcctr.cli.table import print_table, printable
 from hpcctr.client.carry import KERNEL_TREES
 from hpcctr.client.run import Launch
 
 
 def show(launch: Launch) -> None:
     """Print the plan of a launch that does not happen."""
-    console = Console(highlight=False, soft_wrap=True)
     granted = launch.granted
-    console.print(f"image     {granted.text('name')}", markup=False)
-    console.print(f"digest    {granted.text('digest')}", markup=False)
-    console.print(f"allowed   {granted.text('rule')}", markup=False)
-    console.print(f"command   {shlex.join(map(os.fsdecode, launch.command))}", markup=False)
-    console.print(f"starts in {_shown(launch.baggage.directory)}\n", markup=False)
-    mounts = _table("inside", "from", "mode", "because of")
-    for tree in KERNEL_TREES:
-        mounts.add_row(_shown(tree), _shown(tree), "rw", "the node's own, as you see it")
+    for head, text in (
+        ("image", granted.text("name")),
+        ("digest", granted.text("digest")),
+        ("allowed by", granted.text("rule")),
+        ("command", shlex.join(map(os.fsdecode, launch.command))),
+        ("starts in", _text(launch.baggage.directory)),
+    ):
+        typer.echo(f"{head:11} {printable(text)}")
+    mounts = [(_text(tree), _text(tree), "rw", "the node's, as you see it") for tree in KERNEL_TREES]
     for mount in launch.baggage.mounts:
-        mounts.add_row(_shown(mount.target), _shown(mount.source), "ro" if mount.read_only else "rw", mount.origin)
-    console.print(mounts)
-    variables = _table("variable", "value", "from")
-    for name, variable in sorted(launch.variables.items()):
-        if variable.origin != "caller":
-            variables.add_row(_shown(name), _shown(variable.value), variable.origin)
-    kept = sum(variable.origin == "caller" for variable in launch.variables.values())
-    console.print(variables)
-    console.print(f"{kept} variables are yours, unchanged", markup=False)
+        mounts.append((_text(mount.target), _text(mount.source), "ro" if mount.read_only else "rw", mount.origin))
+    typer.echo()
+    print_table(("INSIDE", "FROM", "MODE", "BECAUSE OF"), mounts)
+    others = [
+        (_text(name), _text(variable.value), variable.origin)
+        for name, variable in sorted(launch.variables.items())
+        if variable.origin != "caller"
+    ]
+    typer.echo()
+    print_table(("VARIABLE", "VALUE", "FROM"), others)
+    typer.echo(f"and {len(launch.variables) - len(others)} of your own, unchanged")
     if launch.dropped:
-        dropped = _table("not taken along", "because")
-        for name, reason in sorted(launch.dropped.items()):
-            dropped.add_row(_shown(name), reason)
-        console.print(dropped)
+        typer.echo()
+        print_table(
+            ("NOT TAKEN ALONG", "BECAUSE"), [(_text(name), why) for name, why in sorted(launch.dropped.items())]
+        )
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _shown(value: bytes) -> str:
-    """Bytes as text for a terminal: what is not printable is escaped, and nothing is taken for markup."""
-    text = value.decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text).replace("[", r"\[")
+def _text(value: bytes) -> str:
+    return value.decode(errors="backslashreplace")

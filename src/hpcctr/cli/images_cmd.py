@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from hpcctr.cli.direct import load_site
-from hpcctr.cli.table import Format, print_rows, size
+from hpcctr.cli.table import Format, print_rows, printable, size
 from hpcctr.image import platform as platforms
 from hpcctr.image.record import Platform
 from hpcctr.image.reference import ImageRef
@@ -110,7 +110,7 @@ def inspect(
         typer.echo(json.dumps(facts, indent=2))
         return
     for key, value in _flat(facts):
-        typer.echo(f"{key:22} {_printable(str(value))}")
+        typer.echo(f"{key:22} {printable(str(value))}")
 
 
 def rm(
@@ -146,10 +146,6 @@ def _flat(facts: dict[str, object], prefix: str = "") -> list[tuple[str, object]
         else:
             rows.append((f"{prefix}{key}", value))
     return rows
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _say(text: str) -> None:

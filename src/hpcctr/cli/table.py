@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 
 class Format(StrEnum):
@@ -23,12 +21,22 @@ def print_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], for
     if format is Format.JSON:
         typer.echo(json.dumps(list(rows), indent=2))
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in columns:
-        table.add_column(column.upper().replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(_plain(row[column]) for column in columns))
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    print_table(
+        [column.upper().replace("_", " ") for column in columns], [[row[key] for key in columns] for row in rows]
+    )
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns, a line a row: nothing is cut or folded, so that names can be copied and grepped."""
+    lines = [list(heads), *([printable(str(cell)) for cell in row] for row in rows)]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(heads))]
+    for line in lines:
+        typer.echo("   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal could obey written as an escape."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def size(count: int) -> str:
@@ -39,8 +47,3 @@ def size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
-
-
-def _plain(value: object) -> str:
-    text = str(value)
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -86,7 +86,8 @@ class ImageMounts:
         # Whoever comes meanwhile counts itself and waits for this lock, then mounts again.
         with entry.lock:
             with self._lock:
-                if entry.users:
+                # Of two who go at once, the second finds the work done and the name perhaps with a new entry.
+                if entry.users or self._mounts.get(name) is not entry:
                     return
             self._take_down(name)
             with self._lock:

@@ -86,7 +86,7 @@ class Gateway:
 def serve(site: Site) -> int:
     """Run the gateway until SIGTERM or SIGINT; the exit status. Raises any :class:`HpcctrError` instead of starting."""
     if os.getuid() != 0:
-        raise EnterUnusable(
+        raise CallerRefused(
             "the engine runs as root", hint="sudo hpcctr engine serve, or systemctl start hpcctr-engine.socket"
         )
     os.umask(0o022)

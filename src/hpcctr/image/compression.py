@@ -73,9 +73,12 @@ def _gunzip(source: _Headed, what: str) -> Iterator[bytes]:
     begun = False
     while raw := source.read(CHUNK):
         while raw:
+            if not begun and not (raw := raw.lstrip(b"\0")):
+                # gzip(1) pads with zeros on tapes; anything else after a member must be the next one.
+                break
+            begun = True
             try:
                 out = member.decompress(raw, CHUNK)
-                begun = True
                 if out:
                     yield out
                 while not member.eof and not member.needs_input:
@@ -86,10 +89,8 @@ def _gunzip(source: _Headed, what: str) -> Iterator[bytes]:
                 raise ImageBroken(f"{what} is not valid gzip: {error}") from None
             raw = b""
             if member.eof:
-                # gzip(1) pads with zeros on tapes; anything else after a member must be the next one.
-                raw = member.unused_data.lstrip(b"\0")
+                raw, begun = member.unused_data, False
                 member = IgzipDecompressor(DECOMP_GZIP)
-                begun = False
     if begun:
         raise ImageBroken(f"{what} is cut off: its gzip data does not end")
 

@@ -1,0 +1,36 @@
+"""Progress is reported from several threads, not too often, and ends at its total."""
+
+from __future__ import annotations
+
+import threading
+
+from hpcctr.image.progress import Progress, ProgressReport
+
+
+def test_counters_add_up_across_threads_and_end_at_their_total() -> None:
+    seen: list[Progress] = []
+    add = ProgressReport(seen.append).counter("download", 4000)
+    threads = [threading.Thread(target=lambda: [add(1) for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen[-1] == Progress(stage="download", done=4000, total=4000)
+    assert len(seen) < 100
+
+
+def test_a_stage_can_be_told_how_far_it_is() -> None:
+    seen: list[Progress] = []
+    report = ProgressReport(seen.append)
+    tell = report.absolute("write")
+    for done in range(1, 11):
+        tell(done, 10)
+    report.finish("write")
+    assert seen[0].stage == "write"
+    assert seen[-1] == Progress(stage="write", done=10, total=10)
+
+
+def test_a_stage_without_bytes_ends_as_well() -> None:
+    seen: list[Progress] = []
+    ProgressReport(seen.append).finish("write")
+    assert seen == [Progress(stage="write", done=0, total=0)]

@@ -1,0 +1,96 @@
+"""The tree in memory: paths are resolved below the root, and a layer's own names are told from those of lower ones."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from hpcctr.errors import ImageBroken
+from hpcctr.image.tarstream import REGULAR, SYMLINK, Entry
+from hpcctr.image.tree import Directory, Leaf, Tree, split
+
+
+def entry(name: bytes, kind: bytes = REGULAR, link: bytes = b"") -> Entry:
+    return Entry(
+        name=name, type=kind, mode=0o644, size=0, mtime=0, link=link, offset=0, kept_xattrs=None, other_xattrs=0
+    )
+
+
+def put(tree: Tree, path: bytes, kind: bytes = REGULAR, link: bytes = b"") -> Leaf:
+    *parts, name = split(path, "layer 1")
+    leaf = Leaf(entry(path, kind, link), tree.layer)
+    tree.put(tree.parent_for(path, parts, 5), name, leaf)
+    return leaf
+
+
+def test_a_path_is_found_through_links_inside_the_root() -> None:
+    tree = Tree()
+    leaf = put(tree, b"usr/lib/x")
+    put(tree, b"lib", SYMLINK, b"usr/lib")
+    put(tree, b"a/up", SYMLINK, b"../../../../usr")
+    put(tree, b"abs", SYMLINK, b"/lib/")
+    for path in (b"usr/lib/x", b"lib/x", b"/lib/./x", b"a/up/lib/x", b"abs/x"):
+        assert tree.find(path) is leaf
+    link = tree.find(b"lib")
+    assert isinstance(link, Leaf)
+    assert link.kind == SYMLINK
+
+
+def test_what_is_not_there_is_not_found_and_not_made() -> None:
+    tree = Tree()
+    put(tree, b"f")
+    before = tree.made
+    for path in (b"x", b"x/y", b"f/y"):
+        assert tree.find(path) is None
+    assert tree.made == before
+
+
+def test_made_parents_carry_the_time_of_what_needed_them() -> None:
+    tree = Tree()
+    put(tree, b"a/b/c")
+    a = tree.find(b"a")
+    assert isinstance(a, Directory)
+    assert (a.mode, a.mtime) == (0o755, 5)
+
+
+def test_a_remembered_parent_is_forgotten_when_it_is_taken_away() -> None:
+    tree = Tree()
+    put(tree, b"d/x")
+    tree.begin_layer(1)
+    put(tree, b"other")
+    tree.hide(tree.root, b"d")
+    put(tree, b"d/y")
+    d = tree.find(b"d")
+    assert isinstance(d, Directory)
+    assert set(d.children) == {b"y"}
+
+
+def test_a_remembered_parent_is_forgotten_when_a_link_on_the_way_changes() -> None:
+    tree = Tree()
+    put(tree, b"one/x")
+    put(tree, b"two/x")
+    put(tree, b"l", SYMLINK, b"one")
+    put(tree, b"l/a")
+    put(tree, b"l", SYMLINK, b"two")
+    put(tree, b"l/b")
+    assert tree.find(b"one/a") is not None
+    assert tree.find(b"two/b") is not None
+    assert tree.find(b"one/b") is None
+
+
+@pytest.mark.parametrize("path", [b"..", b"a/..", b"../x", b"a/../b"])
+def test_paths_that_climb_are_refused(path: bytes) -> None:
+    with pytest.raises(ImageBroken, match="layer 1"):
+        split(path, "layer 1")
+
+
+def test_a_million_entries_take_less_than_a_kibibyte_each() -> None:
+    tree = Tree()
+    leaf = put(tree, b"some/directory/of/usual/depth/and-a-name-of-usual-length")
+    parts = sum(
+        sys.getsizeof(value)
+        for value in (leaf, leaf.name, leaf.offset, leaf.size, leaf.mtime, b"and-a-name-of-usual-length")
+    )
+    # A dictionary slot takes about 100 bytes with its spare room; in a layer that is not the lowest a set slot comes to it.
+    assert parts + 200 < 1024

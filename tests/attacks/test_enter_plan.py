@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def test_another_plan_format_is_refused(world: World, word: str) -> None:
 
 def test_no_arguments_at_all_are_refused(world: World) -> None:
     def execute() -> None:
-        nothing = (enter.ctypes.c_char_p * 1)(None)
+        nothing = (ctypes.c_char_p * 1)(None)
         enter.libc.execve(os.fsencode(world.program), nothing, nothing)
 
     with _own_socket() as sock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,10 @@ def left(containerd: Containerd, image: Path) -> set[str]:
     found |= {f"mount {mount}" for mount in host.mounts() if mount.kind in ("overlay", "squashfs", "tmpfs")}
     found |= {f"process {process}" for process in host.processes() if process.name not in ("containerd", "ctr")}
     for device in Path("/sys/block").glob("loop*/loop/backing_file"):
-        if device.exists() and device.read_text().strip() == str(image):
-            found.add(f"loop device {device.parent.parent.name}")
+        # It may be detached between any two looks at it.
+        with contextlib.suppress(OSError):
+            if device.read_text().strip() == str(image):
+                found.add(f"loop device {device.parent.parent.name}")
     for directory, _, _ in os.walk(host.path("/run/hpcctr")):
         found.add(f"directory {directory}")
     return found - {f"directory {host.path('/run/hpcctr')}"}

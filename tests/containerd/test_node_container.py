@@ -86,7 +86,7 @@ def test_its_anchor_is_the_callers_and_can_gain_nothing(engine: NodeEngine) -> N
 
 def test_its_anchor_cannot_be_looked_into_by_its_user(engine: NodeEngine) -> None:
     anchor = _anchor(engine, engine.get().container_id)
-    user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--inh-caps=-all"]
+    user = ["setpriv", "--reuid=61000", "--regid=61000", "--clear-groups", "--inh-caps=-all"]
     for place in ("root/etc", "fd", "cwd/", "map_files"):
         looked = engine.host.run([*user, "ls", f"/proc/{anchor}/{place}"], check=False)
         assert looked.stderr.endswith(b"Permission denied\n"), place
@@ -169,7 +169,7 @@ def test_the_hosts_names_and_time_are_there(engine: NodeEngine) -> None:
 
 
 def test_one_image_is_mounted_once_however_many_containers_stand_on_it(engine: NodeEngine, image: Path) -> None:
-    for uid in (1000, 1001, 1002):
+    for uid in (61000, 61001, 61002):
         engine.get(uid=uid)
     mounted = [mount for mount in engine.host.mounts() if mount.kind == "squashfs"]
     assert len(mounted) == 1
@@ -189,10 +189,10 @@ def test_the_file_that_was_opened_is_mounted_even_when_its_name_is_swapped(engin
 
     with scratch("swap") as directory:
         first, second = marked("first"), marked("second")
-        one = engine.get(uid=1000, digest="b", image=first)
+        one = engine.get(uid=61000, digest="b", image=first)
         # The same digest is claimed for another file, as a private import could do.
         os.rename(second, first)
-        other = engine.get(uid=1001, digest="b", image=first)
+        other = engine.get(uid=61001, digest="b", image=first)
         assert engine.run_inside(one, "/bin/cat", "/mark") == "first"
         assert engine.run_inside(other, "/bin/cat", "/mark") == "second"
 
@@ -219,7 +219,7 @@ def test_an_ext4_image_is_never_given_to_the_kernel(engine: NodeEngine) -> None:
 
 
 def test_two_users_never_share_a_container(engine: NodeEngine) -> None:
-    one, other = engine.get(uid=1000), engine.get(uid=1001)
+    one, other = engine.get(uid=61000), engine.get(uid=61001)
     assert one.key != other.key
     namespaces = {os.stat(got.namespace).st_ino for got in (one, other)}
     shims = {Process.read(_anchor(engine, got.container_id)).ppid for got in (one, other)}
@@ -249,7 +249,7 @@ def test_fifty_who_ask_for_the_impossible_are_all_told(engine: NodeEngine) -> No
 
 def test_different_containers_are_built_side_by_side(engine: NodeEngine) -> None:
     got = engine.get_at_once(
-        [engine.request(uid=1000 + number % 4, targets=[("d", f"/t{number}")]) for number in range(12)]
+        [engine.request(uid=61000 + number % 4, targets=[("d", f"/t{number}")]) for number in range(12)]
     )
     assert not [answer for answer in got if isinstance(answer, Exception)]
     assert len(engine.containerd.containers()) == 12
@@ -259,9 +259,9 @@ def test_different_containers_are_built_side_by_side(engine: NodeEngine) -> None
 def test_the_limit_of_a_user_refuses_only_while_all_are_in_use(clean: Containerd, image: Path) -> None:
     with node_engine(clean, image, containers_per_uid=2) as engine:
         members = [engine.enter(engine.get(targets=[("d", f"/{name}")])) for name in "ab"]
-        with pytest.raises(EngineBusy, match="uid 1000 has 2 node containers"):
+        with pytest.raises(EngineBusy, match="uid 61000 has 2 node containers"):
             engine.get(targets=[("d", "/c")])
-        engine.get(uid=1001)
+        engine.get(uid=61001)
         members[0].kill()
         members[0].wait()
         wait_until(lambda: [] in engine.call("listing").values(), what="an idle container")
@@ -296,7 +296,7 @@ def test_a_container_nobody_enters_goes_after_the_linger(clean: Containerd, imag
 def test_a_member_that_has_ended_before_it_joined_counts_for_nothing(clean: Containerd, image: Path) -> None:
     with node_engine(clean, image, linger_seconds=0.2) as engine:
         got = engine.get()
-        process = engine.popen_inside(got, "/bin/cat", uid=1000)
+        process = engine.popen_inside(got, "/bin/cat", uid=61000)
         process.kill()
         # A zombie: it has ended, and its number is still its own.
         wait_until(lambda: Process.read(process.pid).is_zombie, what="a zombie")
@@ -307,7 +307,7 @@ def test_a_member_that_has_ended_before_it_joined_counts_for_nothing(clean: Cont
 def test_programs_inside_keep_what_they_see_when_it_is_removed(clean: Containerd, image: Path) -> None:
     with node_engine(clean, image, linger_seconds=0.1) as engine:
         got = engine.get()
-        inside = engine.popen_inside(got, "/bin/sh", "-c", "read go; cat /etc/os-release /proc/self/comm", uid=1000)
+        inside = engine.popen_inside(got, "/bin/sh", "-c", "read go; cat /etc/os-release /proc/self/comm", uid=61000)
         engine.call("forget")
         wait_until(lambda: clean.containers() == (), what="removal")
         out, _ = inside.communicate(b"go\n", timeout=10)
@@ -382,7 +382,7 @@ def test_the_users_signal_reaches_the_anchor_only(engine: NodeEngine) -> None:
     got = engine.get()
     anchor = _anchor(engine, got.container_id)
     member = engine.enter(got)
-    engine.host.run(["setpriv", "--reuid=1000", "--clear-groups", "kill", "-9", str(anchor)])
+    engine.host.run(["setpriv", "--reuid=61000", "--clear-groups", "kill", "-9", str(anchor)])
     wait_until(lambda: engine.containerd.tasks().get(got.container_id) == "STOPPED", what="end of the anchor")
     assert engine.get().container_id == got.container_id
     assert engine.run_inside(got, "/bin/cat", "/etc/os-release") == "ID=busybox\n"

@@ -39,7 +39,7 @@ def _end(member: subprocess.Popen[bytes]) -> None:
 
 def test_a_container_in_use_is_taken_over_by_the_next_engine(clean: Containerd, image: Path) -> None:
     first = launch(clean, image)
-    used, unused = first.get(), first.get(uid=1001)
+    used, unused = first.get(), first.get(uid=61001)
     member = first.enter(used)
     first.kill()
     with node_engine(clean, image, linger_seconds=0.3) as second:
@@ -59,7 +59,7 @@ def test_a_container_in_use_is_taken_over_by_the_next_engine(clean: Containerd, 
 
 def test_nothing_is_left_of_an_engine_that_died_without_members(clean: Containerd, image: Path) -> None:
     first = launch(clean, image)
-    for uid in (1000, 1001):
+    for uid in (61000, 61001):
         first.get(uid=uid, targets=[("d", "/home/u")])
     first.kill()
     with node_engine(clean, image) as second:
@@ -73,7 +73,7 @@ def test_nothing_is_left_of_an_engine_that_died_without_members(clean: Container
 def test_a_stopping_gateway_leaves_containers_in_use_to_the_next(clean: Containerd, image: Path) -> None:
     first = launch(clean, image)
     used = first.get()
-    first.get(uid=1001)
+    first.get(uid=61001)
     member = first.enter(used)
     first.close(remove=False)
     assert clean.containers() == (used.container_id,)
@@ -108,7 +108,7 @@ def test_containers_outlive_containerd(clean: Containerd, image: Path, kill: boo
         assert engine.get().container_id == got.container_id
         assert engine.run_inside(got, "/bin/cat", "/etc/os-release") == "ID=busybox\n"
         _end(member)
-        engine.get(uid=1001)
+        engine.get(uid=61001)
 
 
 def test_what_ends_while_containerd_is_away_is_removed_when_it_is_back(clean: Containerd, image: Path) -> None:
@@ -195,7 +195,7 @@ def impostor(engine: NodeEngine) -> Iterator[tuple[Got, int]]:
     """A container, and a process of its user in a namespace the user made, with a mount table that reads the same."""
     got = engine.get()
     upper = f"{engine.state}/containers/{got.container_id}/upper"
-    user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--inh-caps=-all"]
+    user = ["setpriv", "--reuid=61000", "--regid=61000", "--clear-groups", "--inh-caps=-all"]
     process = engine.host.popen(
         [*user, "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", _IMPOSTOR.format(upper=upper)],
         stdin=subprocess.PIPE,
@@ -286,10 +286,12 @@ def test_runc_builds_it_where_cgroups_are_of_version_2_only(image: Path) -> None
         daemon.stop()
 
 
-def test_nothing_propagates_on_a_node_whose_mounts_are_shared(image: Path) -> None:
-    with scratch("shared") as root, Host.start(root, propagation="shared") as host:
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_nothing_propagates_on_a_node_whose_mounts_are_shared(image: Path, runtime: str) -> None:
+    cgroup2_only = runtime == "crun"
+    with scratch("shared") as root, Host.start(root, propagation="shared", cgroup2_only=cgroup2_only) as host:
         daemon = containerds.start(host)
-        with node_engine(daemon, image) as engine:
+        with node_engine(daemon, image, runtime=runtime) as engine:
             got = engine.get()
             table = read_mountinfo(Path(f"/proc/{_anchor(daemon, got.container_id)}/mountinfo"))
             assert {mount.target for mount in table} == {"/", "/proc", "/dev"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Profile
+from tests.support import oci
 from tests.support.engine import HPCCTR
 from tests.support.node import Node
 from tests.support.users import User
@@ -183,11 +184,15 @@ def test_pulling_a_truncated_archive_publishes_nothing(shared_node: Node, busybo
     assert not list((shared_node.site.store / "tmp").iterdir())
 
 
-def test_pulling_for_another_architecture_and_running_it_here(
-    shared_node: Node, alice: User, busybox_image: str
-) -> None:
+def test_an_image_for_another_architecture(shared_node: Node, alice: User, busybox_image: str, place: Path) -> None:
     text = shared_node.hpcctr("pull", "--platform", "linux/s390x", busybox_image, check=125).stderr.decode()
     assert "error[platform]" in text and "s390x" in text, text
+    layout = oci.write_layout(place / "arm", oci.Image(architecture="arm64", layers=(oci.tar(oci.directory("etc")),)))
+    shared_node.hpcctr("pull", "--platform", "linux/arm64", "--name", "local/arm:1", f"oci:{layout}")
+    for user in (alice, None):
+        text = shared_node.run("local/arm:1", "true", user=user, flags=["--pull", "never"], check=125).stderr.decode()
+        _require(text, "platform", "local/arm:1", "linux/arm64")
+    shared_node.hpcctr("rm", "local/arm:1")
 
 
 def test_pulling_without_the_right_to_write_the_store(shared_node: Node, alice: User, busybox_image: str) -> None:

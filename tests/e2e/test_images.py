@@ -61,6 +61,7 @@ from tests.support.oci import (
 )
 from tests.support.polling import wait_until
 from tests.support.registry import Registry
+from tests.support.users import User
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="unpacks owners and modes")
 
@@ -162,6 +163,25 @@ def test_the_same_image_gives_the_same_file(tmp_path: Path, site: Site) -> None:
     remove(Store.open(site.store), first.digest)
     second = pulled(f"oci-archive:{archive}", site).image.record
     assert first.file_digest == second.file_digest
+
+
+@pytest.mark.parametrize("damage", ["file gone", "file cut", "record gone", "record damaged"])
+def test_a_damaged_image_is_pulled_again(tmp_path: Path, site: Site, damage: str) -> None:
+    text = f"oci-archive:{write_oci_archive(tmp_path / 'app.tar', busybox())}"
+    image = pulled(text, site).image
+    path = Path(image.path)
+    if damage == "file gone":
+        path.unlink()
+    elif damage == "file cut":
+        os.truncate(path, 1000)
+    elif damage == "record gone":
+        (path.parent / "image.json").unlink()
+    else:
+        (path.parent / "image.json").write_text("{")
+    result = pulled(text, site)
+    assert not result.was_stored
+    assert result.image.record.file_digest == image.record.file_digest
+    os.close(Store.open(site.store).open_image_file(result.image))
 
 
 def test_the_record_tells_size_and_digest_of_the_file(tmp_path: Path, site: Site) -> None:
@@ -462,7 +482,7 @@ def test_a_pull_that_is_ended_leaves_nothing(tmp_path: Path, site: Site, number:
     assert child.stdout is not None
     assert child.stdout.readline() == b"writing\n"
     child.send_signal(number)
-    assert child.wait(timeout=30) == -number
+    assert child.wait(timeout=30) == (-number if number == signal.SIGINT else 128 + number)
     child.stdout.close()
     assert nothing_is_left(site)
 
@@ -520,6 +540,44 @@ def test_the_writer_is_nobody_and_holds_nothing(tmp_path: Path, site: Site) -> N
     assert seen["net"] == "True"
     assert len(seen["fds"].split(",")) <= 5
     assert Path(result.image.path).stat().st_uid == 0
+
+
+@as_root
+def test_an_ordinary_user_pulls_into_a_store_of_their_own_and_not_into_ours(place: Path, alice: User) -> None:
+    archive = write_oci_archive(place / "app.tar", busybox())
+    archive.chmod(0o644)
+    Store.open(str(place / "ours"), writable=True)
+    code = f"""
+        import sys
+        from hpcctr.errors import StoreUnusable
+        from hpcctr.image.pull import pull
+        from hpcctr.image.reference import ImageRef
+        from hpcctr.image.store import Store
+        from hpcctr.site import Site
+        ref = ImageRef.parse({f"oci-archive:{archive}"!r})
+        image = pull(ref, site=Site(store=sys.argv[1])).image
+        print(image.record.file_digest, Store.open(sys.argv[1]).open_image_file(image) > 0)
+        try:
+            pull(ref, site=Site(store={str(place / "ours")!r}))
+        except StoreUnusable as error:
+            print(error)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(alice.home / "store")],
+        user=alice.uid,
+        group=alice.gid,
+        extra_groups=alice.groups,
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "HOME": str(alice.home), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    first, second = run.stdout.splitlines() or [run.stderr, ""]
+    digest, opened = first.split()
+    assert opened == "True"
+    assert "not writable for uid" in second
+    # Nobody's identity is in the file: root's pull gives the same.
+    assert pulled(f"oci-archive:{archive}", Site(store=str(place / "ours"))).image.record.file_digest == digest
 
 
 # what is in the file

@@ -58,8 +58,10 @@ class Account:
     groups: tuple[int, ...]
 
 
-ALICE = Account(uid=41001, gid=41001, groups=(41001, 41050, 41051))
-BOB = Account(uid=41002, gid=41002, groups=(41002, 41050))
+# Of this test session alone: several may run at once, and each looks for what its users left running.
+_ALICE, _BOB, _PROJECT = (500_000_000 + 10 * os.getpid() + number for number in range(3))
+ALICE = Account(uid=_ALICE, gid=_ALICE, groups=(_ALICE, _PROJECT, _PROJECT + 1))
+BOB = Account(uid=_BOB, gid=_BOB, groups=(_BOB, _PROJECT))
 ROOT = Account(uid=0, gid=0, groups=(0,))
 
 
@@ -354,14 +356,28 @@ class World:
 
     def require_nothing_left(self, mounts_before: Sequence[str]) -> None:
         """Every process the test started has ended, and the Host's mounts and the machine's are what they were."""
+        unfinished = [launch.process.args for launch in self.launches if launch.process.returncode is None]
+        self.end_launches()
+        assert not unfinished, f"{unfinished!r} were not waited for"
+        wait_until(lambda: not self.own_processes(), what=lambda: f"the end of {self.own_processes()}")
+        assert self.own_mounts() == list(mounts_before)
+
+    def end_launches(self) -> None:
+        """Kill what still runs, so that a failed test does not disturb the next."""
         for launch in self.launches:
-            assert launch.process.returncode is not None, f"{launch.process.args!r} was not waited for"
+            if launch.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(launch.pid, signal.SIGKILL)
+                launch.process.wait(_PATIENCE)
+                with contextlib.suppress(TimeoutError):
+                    # Its connection may still wait to be accepted.
+                    self.listener.settimeout(0.1)
+                    self.listener.accept()[0].close()
+                self.listener.settimeout(_PATIENCE)
             for stream in (launch.process.stdout, launch.process.stderr):
                 if stream is not None:
                     stream.close()
         self.launches.clear()
-        wait_until(lambda: not self.own_processes(), what=lambda: f"the end of {self.own_processes()}")
-        assert self.own_mounts() == list(mounts_before)
 
     def own_processes(self) -> list[str]:
         """Processes of the test's accounts, and whatever else runs in the Host."""
@@ -426,9 +442,6 @@ def world(place: Path, *, propagation: str = "private") -> Iterator[World]:
         try:
             yield made
         finally:
-            for launch in made.launches:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(launch.pid, signal.SIGKILL)
-                launch.process.wait(_PATIENCE)
+            made.end_launches()
             os.close(made.container)
             made.listener.close()

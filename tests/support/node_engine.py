@@ -52,8 +52,8 @@ class NodeEngine:
     def request(
         self,
         *,
-        uid: int = 1000,
-        gid: int = 1000,
+        uid: int = 61000,
+        gid: int = 61000,
         groups: Sequence[int] = (),
         targets: Sequence[tuple[str, str]] = (),
         digest: str = "a",

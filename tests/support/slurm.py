@@ -2,7 +2,8 @@
 
 Nodes have host names, addresses on a wire of their own, and their own /run, /tmp and /dev/shm: Open MPI chooses its
 transports by host name and address, and names its rendezvous and shared-memory files after them. The spool directory
-lies outside /tmp, so that what a step needs from it has to be carried in by name.
+lies outside /tmp, so that what a step needs from it has to be carried in by name; a job's /tmp is its own, as
+job_container/tmpfs gives it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ ProctrackType=proctrack/cgroup
 TaskPlugin=task/affinity,task/cgroup
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
+JobContainerType=job_container/tmpfs
+PrologFlags=Contain
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
@@ -137,6 +140,12 @@ def _remove_cgroups() -> None:
                 Path(directory).rmdir()
 
 
+_JOB_CONTAINER_CONF = """
+AutoBasePath=true
+BasePath={root}/slurm/private
+"""
+
+
 def _start_munge(host: Host, root: Path) -> subprocess.Popen[bytes]:
     directory = root / "munge"
     directory.mkdir(mode=0o755)
@@ -207,6 +216,7 @@ def slurm(root: Path, *, nodes: int = 1, memory_mb: int = 1500) -> Iterator[Slur
         _wire(hosts)
         (root / "slurm/slurm.conf").write_text(described + _CONF.format(root=root))
         (root / "slurm/cgroup.conf").write_text(_CGROUP_CONF)
+        (root / "slurm/job_container.conf").write_text(_JOB_CONTAINER_CONF.format(root=root))
         cluster = Slurm(root=root, nodes=hosts, daemons=[])
         stack.callback(cluster.stop)
         # All nodes reach the one munge: its socket is a file, and the directory is the same in all of them.

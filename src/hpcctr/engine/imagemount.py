@@ -18,7 +18,7 @@ import threading
 from dataclasses import dataclass, field
 
 from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, read_mounts, unmount
-from hpcctr.errors import ImageMountFailed
+from hpcctr.errors import DeadlinePassed, ImageMountFailed
 
 #: linux/loop.h.
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -29,6 +29,8 @@ _LO_FLAGS_AUTOCLEAR = 4
 _LOOP_CONFIG = struct.Struct("=II52xI64s112x64x")
 #: Others may take the free device first; who loses asks again.
 _LOOP_ATTEMPTS = 64
+#: Seconds to wait for another thread that mounts or unmounts the same file: mount(2) itself has no limit.
+_MOUNT_SECONDS = 60.0
 #: First bytes of a squashfs (fs/squashfs/squashfs_fs.h).
 _SQUASHFS_MAGIC = b"hsqs"
 
@@ -54,18 +56,26 @@ class ImageMounts:
     def take(self, image: int, *, image_digest: str) -> str:
         """Mount the file behind the descriptor unless it is, and count one user more; the name of the mount.
 
-        Raises :class:`ImageMountFailed`.
+        Raises :class:`ImageMountFailed`, and :class:`DeadlinePassed` while another's mounting of the same file hangs.
         """
         name = _name(image, image_digest)
         entry = self._counted(name)
+        if not entry.lock.acquire(timeout=_MOUNT_SECONDS):
+            with self._lock:
+                entry.users -= 1
+            raise DeadlinePassed(
+                f"image {image_digest} was not mounted within {_MOUNT_SECONDS:.0f} s",
+                hint="look at the filesystem of the store: dmesg | tail",
+            )
         try:
-            with entry.lock:
-                # Looked up each time: an administrator may have unmounted it, and the directory below is an empty root.
-                if not _is_image_mount(self.path(name)):
-                    _mount_image(image, self.path(name), image_digest)
+            # Looked up each time: an administrator may have unmounted it, and the directory below is an empty root.
+            if not _is_image_mount(self.path(name)):
+                _mount_image(image, self.path(name), image_digest)
         except BaseException:
+            entry.lock.release()
             self.release(name)
             raise
+        entry.lock.release()
         return name
 
     def adopt(self, name: str) -> None:

@@ -168,8 +168,8 @@ class NodeBuilder:
         for entry in entries:
             if entry.target == "/" and "ro" not in entry.options:
                 raise _unlike(container_id, "its root is writable")
-            if any(tag.startswith("shared:") for tag in entry.propagation):
-                raise _unlike(container_id, f"{entry.target} is shared with other namespaces")
+            if any(tag.startswith(("shared:", "master:")) for tag in entry.propagation):
+                raise _unlike(container_id, f"{entry.target} exchanges mounts with other namespaces")
             if entry.target != "/" and entry.target.split("/")[1] not in _RUNTIME_TARGETS:
                 raise _unlike(container_id, f"something is mounted on {entry.target}")
         # What was read is about the process that has this number now.

@@ -78,15 +78,22 @@ class NodeContainers:
 
         Raises :class:`ContainerdUnavailable` and the like; then :meth:`get` tries again before it does anything.
         """
-        with self._adopting:
-            if self._watcher is not None:
-                return
-            self._state.claim()
-            clear_after_direct_engines(self._builder, self._state)
-            self._take_over()
-            self._sweep()
-            self._watcher = threading.Thread(target=self._watch, name="node-containers", daemon=True)
-            self._watcher.start()
+        if self._watcher is not None:
+            return
+        if not self._adopting.acquire(timeout=_BUILD_SECONDS):
+            raise DeadlinePassed(
+                "the engine has not come to know its containers in time", hint="journalctl -u containerd"
+            )
+        try:
+            if self._watcher is None:
+                self._state.claim()
+                clear_after_direct_engines(self._builder, self._state)
+                self._take_over()
+                self._sweep()
+                self._watcher = threading.Thread(target=self._watch, name="node-containers", daemon=True)
+                self._watcher.start()
+        finally:
+            self._adopting.release()
 
     def get(self, grant: Grant, *, open_image: Callable[[], int]) -> NodeContainer:
         """The container for a grant, found, or built by exactly one of those who ask for it.

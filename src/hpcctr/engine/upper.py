@@ -37,6 +37,9 @@ class UpperLayer:
 
         Raises :class:`TargetImpossible` for a place the image does not allow, OSError when the tmpfs is full.
         """
+        for target in targets:
+            if target.path.count(b"/") > _DEPTH_MAX:
+                raise _impossible(target, f"it is more than {_DEPTH_MAX} directories deep", "choose a shorter path")
         self._write(self.upper, anchor.lstrip("/").encode(), b"", mode=0o755)
         for tree in (*NODE_TREES, b"/etc"):
             self._make_point(Target("d", tree), remedy=f"rebuild the image with a directory {tree.decode()}")
@@ -69,8 +72,6 @@ class UpperLayer:
 
     def _make_point(self, target: Target, *, remedy: str = "give it another place inside: -v SRC:DST") -> None:
         names = target.path[1:].split(b"/")
-        if len(names) > _DEPTH_MAX:
-            raise _impossible(target, f"it is more than {_DEPTH_MAX} directories deep", "choose a shorter path")
         with _Walk.start(self) as walk:
             for position, name in enumerate(names, 1):
                 is_last = position == len(names)
@@ -151,8 +152,9 @@ class _Walk:
             return None
         finally:
             os.close(here)
-        os.close(self.last_upper)
-        self.last_upper = os.dup(self.upper)
+        # In this order: a number closed and not replaced would be closed again, when it may be another thread's.
+        last, self.last_upper = self.last_upper, os.dup(self.upper)
+        os.close(last)
         return "d"
 
     def _step_lower(self, name: bytes, target: Target) -> tuple[str | None, int]:
@@ -184,8 +186,8 @@ class _Walk:
         for name, mode in parents:
             _make_directory(self.last_upper, name, mode)
             below = os.open(name, _O_DIR, dir_fd=self.last_upper)
-            os.close(self.last_upper)
-            self.last_upper = below
+            last, self.last_upper = self.last_upper, below
+            os.close(last)
         if target.kind == "d":
             _make_directory(self.last_upper, names[-1], 0o755)
         else:

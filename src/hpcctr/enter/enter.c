@@ -251,8 +251,19 @@ static uint64_t mount_id(int fd, const char *path)
     return status.stx_mnt_id;
 }
 
+static uint64_t inode_of(int fd, const char *path)
+{
+    struct statx status;
+    long error = sys5(__NR_statx, fd, POINTER(path), AT_EMPTY_PATH, STATX_INO, POINTER(&status));
+
+    if (error < 0)
+        die_of(FAILED, "view", "mount namespace", error, ASK_DOCTOR);
+    return status.stx_ino;
+}
+
 static void go_in(int namespace_fd)
 {
+    const uint64_t engines = inode_of(namespace_fd, "");
     long error;
     long fd;
 
@@ -261,11 +272,15 @@ static void go_in(int namespace_fd)
     lower();
     if (error < 0)
         die_of(FAILED, "view", "setns", error, ASK_DOCTOR);
+    if (inode_of(proc_fd, "self/ns/mnt") != engines)
+        die(FAILED, "view", "setns", "the process is not in the namespace of the engine", ASK_DOCTOR);
     raise(ADMIN);
     error = sys1(__NR_unshare, CLONE_NEWNS);
     lower();
     if (error < 0)
         die_of(FAILED, "view", "unshare", error, "sysctl user.max_mnt_namespaces fs.mount-max");
+    if (inode_of(proc_fd, "self/ns/mnt") == engines)
+        die(FAILED, "view", "unshare", "the process has no namespace of its own", ASK_DOCTOR);
     fd = sys4(__NR_openat, AT_FDCWD, POINTER("/"), O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
     if (fd < 0)
         die_of(FAILED, "view", "/", fd, ASK_DOCTOR);
@@ -307,6 +322,8 @@ static void attach_sources(void)
         error = sys5(__NR_move_mount, mount->tree_fd, POINTER(""), fd, POINTER(""),
                      MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
         lower();
+        if (error == -ENOENT)
+            die(FAILED, "mount-source", mount->source, "it vanished while the launch went on", "ls -ld PATH");
         if (error < 0)
             die_of(REFUSED, "mount-target", mount->target, error, "a directory fits a directory, a file fits a file");
         sys1(__NR_close, fd);

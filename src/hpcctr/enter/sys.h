@@ -1,5 +1,5 @@
 /*
- * The ground enter stands on: its start, raw system calls, comparing text, kernel structures no uapi header carries.
+ * The ground enter stands on: its start, raw system calls, comparing text, and what no uapi header declares.
  *
  * No libc: a libc's start-up reads GLIBC_TUNABLES, scrubs LD_* and TMPDIR from a privileged program's environment and
  * opens /dev/null over a closed descriptor 0, 1 or 2, and the command must get all of these as the caller had them.
@@ -197,8 +197,8 @@ _Noreturn static void leave(int status)
         sys1(__NR_exit_group, status);
 }
 
-/* The stack protector's secret and its verdict: what a libc would bring. build.py tells the compiler where it is: at this
- * name on x86-64, where the thread pointer points on aarch64 (whose compiler would need the name relocated). */
+/* The stack protector's secret and its verdict: what a libc would bring. build.py tells the compiler where it is: at
+ * this name on x86-64, where the thread pointer points on aarch64 (whose compiler would have the name relocated). */
 uintptr_t __stack_chk_guard;
 
 static inline void place_stack_guard(void)

@@ -44,46 +44,17 @@ class Tool:
     path: str
 
     def argv(self, output: str) -> list[str]:
-        """The command line. Both write the same for the same stream, whatever the number of processors and the time."""
+        """The command line.
+
+        What tar2sqfs writes depends on nothing but the stream; mksquashfs 4.5 gives the root directory the time of day.
+        """
         if self.name == "tar2sqfs":
-            options = [
-                "--quiet",
-                "--force",
-                "--no-skip",
-                "--compressor",
-                "zstd",
-                "--comp-extra",
-                f"level={_ZSTD_LEVEL}",
-            ]
-            return [self.path, *options, "--block-size", str(BLOCK_SIZE), output]
-        options = [
-            "-tar",
-            "-noappend",
-            "-quiet",
-            "-no-progress",
-            "-comp",
-            "zstd",
-            "-Xcompression-level",
-            str(_ZSTD_LEVEL),
-        ]
-        return [
-            self.path,
-            "-",
-            output,
-            *options,
-            "-b",
-            str(BLOCK_SIZE),
-            "-mkfs-time",
-            "0",
-            "-root-time",
-            "0",
-            "-root-mode",
-            "0755",
-            "-root-uid",
-            "0",
-            "-root-gid",
-            "0",
-        ]
+            options = f"--compressor zstd --comp-extra level={_ZSTD_LEVEL} --block-size {BLOCK_SIZE}"
+            return [self.path, "--quiet", "--force", "--no-skip", *options.split(), output]
+        options = f"-tar -noappend -quiet -no-progress -comp zstd -Xcompression-level {_ZSTD_LEVEL} -b {BLOCK_SIZE}"
+        # With -tar it gives the root directory its own uid and 0777 unless told otherwise, and knows no -root-uid.
+        root = "-mkfs-time 0 -root-mode 0755 -force-uid 0 -force-gid 0"
+        return [self.path, "-", output, *options.split(), *root.split()]
 
 
 @dataclass(frozen=True, kw_only=True)

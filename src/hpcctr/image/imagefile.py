@@ -38,7 +38,7 @@ def open_image_file(store_path: str, image: StoredImage) -> int:
     and the store's owner. Above the root a directory that others can write is fine when it is sticky, as /tmp is.
     Raises :class:`StoreUnusable` naming the path, and :class:`ImageBroken` for a file that is not the size that was
     published."""
-    again = f"hpcctr rm {image.record.digest}; then pull the image again"
+    again = f"pull the image again: hpcctr pull {image.record.source}"
     parts = image.path.removeprefix(f"{store_path}/").split("/")
     if not image.path.startswith(f"{store_path}/") or any(part in ("", ".", "..") for part in parts):
         raise StoreUnusable(f"{image.path} is not in the store {store_path}", hint=again)

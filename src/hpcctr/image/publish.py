@@ -67,7 +67,7 @@ def workspace(store: Store) -> Iterator[str]:
 def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
     """Put an image into the store. ``image_file`` (in a :func:`workspace`) is moved away; its sizes are in ``record``.
 
-    Returns what the store has then, which is the earlier image when the digest was there already.
+    Returns what the store has then: the earlier image when the digest was there already, and whole.
     Raises :class:`StoreUnusable`.
     """
     target = store.image_directory(record.digest)
@@ -80,6 +80,9 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         _write(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
         os.chmod(made, _READABLE)
         _flush(made)
+        if not store.is_whole(record.digest):
+            # Something damaged is in its place, or nothing.
+            _remove_image(store, record.digest)
         try:
             os.rename(made, target)
         except OSError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -71,12 +70,12 @@ def pull(
     store = Store.open(site.store, writable=True)
     report = ProgressReport(progress)
     with (
-        _terminated_as_interrupted(),
+        _ended_orderly(),
         workspace(store) as directory,
         _opened(ref, site, directory, report) as source,
     ):
         image = source.find(wanted)
-        was_stored = image.digest in store.digests()
+        was_stored = store.is_whole(image.digest)
         if not was_stored:
             find_tool()
             with source.layers(image) as open_blob:
@@ -224,14 +223,11 @@ def _record(ref: ImageRef, image: SourceImage, file: ImageFile, facts: MergeFact
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """While this lasts SIGTERM and SIGHUP raise, so that what is unfinished is removed; afterwards they end the
-    process."""
-    received: list[int] = []
+def _ended_orderly() -> Iterator[None]:
+    """While this lasts SIGTERM and SIGHUP end the program as an exit does, so that what is unfinished is removed."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -246,5 +242,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-        if received:
-            os.kill(os.getpid(), received[0])

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from hpcctr.errors import ImageNotInStore, PlatformMissing, StoreUnusable
+from hpcctr.errors import ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
 from hpcctr.image.imagefile import open_image_file, store_unusable
 from hpcctr.image.platform import acceptable, file_word, of_file_word, of_this_node
 from hpcctr.image.record import ImageRecord, NameRecord, Platform, StoredImage
@@ -132,6 +132,14 @@ class Store:
             )
         return image
 
+    def is_whole(self, digest: str) -> bool:
+        """Whether the image of that digest is there with a file of the size that was published."""
+        try:
+            image = self._image_or_none(digest, name=digest)
+            return image is not None and os.stat(image.path).st_size == image.record.file_size
+        except (StoreUnusable, OSError):
+            return False
+
     def name_record(self, named: ImageRef, platform: Platform) -> NameRecord | None:
         """What a name means for exactly this platform; None when it means nothing."""
         path = self.name_file(named, platform)
@@ -153,7 +161,11 @@ class Store:
             repository = directory[len(top) + 1 :]
             text = f"{repository}@{word[1:].replace('-', ':', 1)}" if word.startswith("@") else f"{repository}:{word}"
             platform = of_file_word(architecture)
-            record = self.name_record(ImageRef.parse(text), platform)
+            try:
+                named = ImageRef.parse(text)
+            except ReferenceWrong:
+                continue
+            record = self.name_record(named, platform)
             if record is not None:
                 yield text, platform, record
 

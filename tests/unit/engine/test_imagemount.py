@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hpcctr.engine import imagemount
 from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.mounts import read_mounts, unmount
-from hpcctr.errors import ImageMountFailed
+from hpcctr.errors import DeadlinePassed, ImageMountFailed
 from tests.support.mount_namespace import in_private_mounts
 from tests.support.scratch import scratch
 from tests.support.squashfs import make_squashfs
@@ -165,3 +166,25 @@ def unlinked(place: str) -> list[str]:
 
 def test_the_opened_file_is_mounted_even_without_a_name(place: Path) -> None:
     assert "bin" in in_private_mounts(unlinked, place)
+
+
+def while_another_hangs(place: str) -> list[object]:
+    imagemount._MOUNT_SECONDS = 0.05
+    mounts = ImageMounts(f"{place}/hang")
+    name = _take(mounts, f"{place}/root.squashfs")
+    mounts._mounts[name].lock.acquire()
+    try:
+        _take(mounts, f"{place}/root.squashfs")
+    except DeadlinePassed as error:
+        message = error.message
+    other = _take(mounts, f"{place}/other.squashfs")
+    mounts._mounts[name].lock.release()
+    mounts.release(name)
+    mounts.release(other)
+    return [message, _mounted(mounts), os.listdir(mounts.directory)]
+
+
+def test_a_mount_that_hangs_ends_the_launches_that_wait_for_it_and_no_others(place: Path) -> None:
+    message, mounted, left = in_private_mounts(while_another_hangs, place)
+    assert message.startswith(f"image {DIGEST} was not mounted within ")
+    assert (mounted, left) == ([], [])

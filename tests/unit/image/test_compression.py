@@ -93,7 +93,9 @@ def test_other_compressions_are_named(blob: bytes, name: str) -> None:
 
 @pytest.mark.parametrize("how", ["gzip", "zstd"])
 def test_a_bomb_comes_in_bounded_pieces(how: str) -> None:
-    bomb = gzip.compress(bytes(64 << 20)) if how == "gzip" else zstandard.ZstdCompressor(level=3).compress(bytes(64 << 20))
+    bomb = (
+        gzip.compress(bytes(64 << 20)) if how == "gzip" else zstandard.ZstdCompressor(level=3).compress(bytes(64 << 20))
+    )
     sizes = [len(piece) for piece in decompressed(io.BytesIO(bomb), "layer 1")]
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= CHUNK

@@ -109,7 +109,9 @@ _registry_text = st.builds(
     _digest,
 )
 _path = st.text(st.characters(exclude_characters="\0\n:", exclude_categories=["Cs"]), min_size=1, max_size=20)
-_file_text = st.builds(lambda kind, path, ref: f"{kind}:{path}{ref}", st.sampled_from(["oci", "oci-archive"]), _path, _tag)
+_file_text = st.builds(
+    lambda kind, path, ref: f"{kind}:{path}{ref}", st.sampled_from(["oci", "oci-archive"]), _path, _tag
+)
 
 
 @given(st.one_of(_registry_text, _file_text, _path.map("docker-archive:{}".format)))

@@ -159,6 +159,8 @@ def test_files_that_are_no_records_are_passed_over(store: Store) -> None:
     put(store, "app:1")
     (Path(store.path) / "names/docker.io/library/app/.nfs000001").write_text("x")
     (Path(store.path) / "names/README").write_text("x")
+    (Path(store.path) / "names/docker.io/library/app/UPPER CASE").mkdir()
+    (Path(store.path) / "names/docker.io/library/app/UPPER CASE/1.amd64.json").write_text("x")
     (Path(store.path) / "images/lost+found").mkdir()
     assert len(store.images()) == 1
 

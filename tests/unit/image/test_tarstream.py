@@ -130,7 +130,9 @@ def test_extended_attributes_of_users_are_kept_and_others_counted() -> None:
 
 
 def test_a_link_with_a_size_has_no_content() -> None:
-    found = read(tar(file("a", b"1"), hardlink("b", "a", size=1), Member(name=b"d", type=b"5", size=5), file("c", b"2")))
+    found = read(
+        tar(file("a", b"1"), hardlink("b", "a", size=1), Member(name=b"d", type=b"5", size=5), file("c", b"2"))
+    )
     assert [(entry.name, entry.size) for entry in found] == [(b"a", 1), (b"b", 0), (b"d", 0), (b"c", 1)]
 
 
@@ -203,7 +205,9 @@ def test_any_bytes_are_entries_or_refused(junk: bytes, at: int) -> None:
 def test_what_python_writes_is_read() -> None:
     for dialect in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=dialect, encoding="utf-8", errors="surrogateescape") as archive:
+        with tarfile.open(
+            fileobj=buffer, mode="w", format=dialect, encoding="utf-8", errors="surrogateescape"
+        ) as archive:
             for name in ("a", "d\u00e9", "x" * 99 + "/" + "y" * 99):
                 info = tarfile.TarInfo(name)
                 info.size, info.mtime, info.mode = 3, MTIME, 0o640
@@ -220,7 +224,9 @@ def test_what_gnu_tar_writes_is_read(tmp_path: Path, dialect: str) -> None:
     (tree / "directory/file").write_bytes(b"content")
     (tree / "directory/link").symlink_to("file")
     (tree / "hard").hardlink_to(tree / "directory/file")
-    made = subprocess.run(["tar", "-C", str(tree), f"--format={dialect}", "-cf", "-", "."], check=True, capture_output=True)
+    made = subprocess.run(
+        ["tar", "-C", str(tree), f"--format={dialect}", "-cf", "-", "."], check=True, capture_output=True
+    )
     found = {entry.name.strip(b"./"): entry for entry in read(made.stdout)}
     assert found.keys() == {b"", b"directory", b"directory/file", b"directory/link", b"hard"}
     assert found[b"directory/link"].link == b"file"
@@ -228,7 +234,9 @@ def test_what_gnu_tar_writes_is_read(tmp_path: Path, dialect: str) -> None:
     assert content == [b"content"]
 
 
-@pytest.mark.parametrize("options", [["--sparse"], ["--sparse", "--format=pax"], ["--sparse", "--format=pax", "--sparse-version=0.0"]])
+@pytest.mark.parametrize(
+    "options", [["--sparse"], ["--sparse", "--format=pax"], ["--sparse", "--format=pax", "--sparse-version=0.0"]]
+)
 def test_sparse_files_are_named(tmp_path: Path, options: list[str]) -> None:
     with (tmp_path / "hole").open("wb") as holed:
         holed.truncate(10 << 20)

@@ -92,5 +92,5 @@ def test_a_million_entries_take_less_than_a_kibibyte_each() -> None:
         sys.getsizeof(value)
         for value in (leaf, leaf.name, leaf.offset, leaf.size, leaf.mtime, b"and-a-name-of-usual-length")
     )
-    # A dictionary slot takes about 100 bytes with its spare room; in a layer that is not the lowest a set slot comes to it.
+    # A dictionary slot takes about 100 bytes with its spare room; above the lowest layer a set slot comes to it.
     assert parts + 200 < 1024

@@ -17,10 +17,11 @@ from hpcctr.site import Site
 
 def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
     """Image, host features and policy: a grant, or the error that says why not."""
+    rules = load(site.policy_directory)
     return decide(
-        load(site.policy_directory),
+        rules,
         caller=caller,
-        user_names=account.names_of(caller),
+        user_names=account.names_for(rules, caller),
         image=Store.open(site.store).find(request.image, Platform(os="linux", architecture=machine())),
         edits=edits.of_site(site),
         targets=request.targets_with(site.carry),

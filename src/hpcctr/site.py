@@ -62,6 +62,14 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     limits: LimitSettings = LimitSettings()
 
     @classmethod
+    def of_this_process(cls) -> Site:
+        """The site of a command line: HPCCTR_SITE names another file, for tests and for trying a site out.
+
+        The gateway does not use this: its site is what root started it with.
+        """
+        return cls.load(os.environ.get("HPCCTR_SITE"), root_owned=os.getuid() == 0)  # noqa: TID251
+
+    @classmethod
     def load(cls, path: str | None = None, *, root_owned: bool = False) -> Site:
         """The settings in ``path``; the defaults when ``path`` is None and :data:`DEFAULT_PATH` does not exist.
 

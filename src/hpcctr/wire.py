@@ -19,6 +19,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: Everything of the engine's that is not the store; only root can make it. enter is compiled for the socket's name.
+RUN_DIRECTORY = "/run/hpcctr"
+ENGINE_SOCKET = "/run/hpcctr/engine.sock"
 VERSION = 1
 FRAME_MAX = 65536
 _MAGIC = b"hpcctr/"

@@ -19,10 +19,11 @@ from hpcctr.containerd import Containerd
 from hpcctr.context import Caller
 from hpcctr.engine import session
 from hpcctr.engine.nodes import NodeContainers
-from hpcctr.engine.serve import RUN_DIRECTORY, make_run_directory
+from hpcctr.engine.serve import make_run_directory
 from hpcctr.errors import HpcctrError, ImageNotInStore
 from hpcctr.request import RunWords
 from hpcctr.site import Site
+from hpcctr.wire import RUN_DIRECTORY
 
 #: Sent on to the command; the terminal sends the others to both of us, and the command decides what they do.
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGWINCH)
@@ -33,7 +34,7 @@ def run(words: RunWords) -> int:
     """Run the command in a container of this process's own; its end, as a shell would tell it, or death by its
     signal.
     """
-    site = _with_enter(load_site())
+    site = _with_enter(Site.of_this_process())
     _pull_if_wanted(words, site)
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -68,11 +69,6 @@ def run(words: RunWords) -> int:
             nodes.close(remove=True)
         os.close(caller.pidfd)
     return _same_end(status)
-
-
-def load_site() -> Site:
-    """The site file: HPCCTR_SITE names another one, for tests and for looking at a site before it is installed."""
-    return Site.load(os.environ.get("HPCCTR_SITE"), root_owned=os.getuid() == 0)  # noqa: TID251
 
 
 def _with_enter(site: Site) -> Site:

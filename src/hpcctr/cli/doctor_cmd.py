@@ -16,15 +16,13 @@ from typing import Annotated
 
 import typer
 
-from hpcctr.cli.direct import load_site
 from hpcctr.cli.table import Format
-from hpcctr.client.connect import ENGINE_SOCKET
-from hpcctr.engine.serve import SOCKET_PATH
 from hpcctr.enter.install import enter_problem
 from hpcctr.errors import HpcctrError
 from hpcctr.image.store import Store
 from hpcctr.policy.load import load
 from hpcctr.site import Site
+from hpcctr.wire import ENGINE_SOCKET
 
 #: mount_setattr(2) is the youngest call without which nothing works.
 _KERNEL_FLOOR = (5, 14)
@@ -44,7 +42,7 @@ def doctor(
     format: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.TABLE,  # noqa: A002
 ) -> None:
     """Say what this node lacks for hpcctr and how to get it. Ends with 1 when something is missing."""
-    findings = [finding for check in CHECKS for finding in check(load_site())]
+    findings = [finding for check in CHECKS for finding in check(Site.of_this_process())]
     if format is Format.JSON:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -89,7 +87,7 @@ def _enter(site: Site) -> Iterator[Finding]:
 def _engine(_: Site) -> Iterator[Finding]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
-            probe.connect(SOCKET_PATH)
+            probe.connect(ENGINE_SOCKET)
             yield Finding(thing="engine", is_good=True, what=f"listens on {ENGINE_SOCKET}")
         except OSError as error:
             yield Finding(

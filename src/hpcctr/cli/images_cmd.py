@@ -21,12 +21,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from hpcctr.cli.direct import load_site
 from hpcctr.cli.table import Format, print_rows, printable, size
 from hpcctr.image import platform as platforms
 from hpcctr.image.record import Platform
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.store import Store
+from hpcctr.site import Site
 
 if TYPE_CHECKING:
     from hpcctr.image.pull import Progress as PullProgress
@@ -66,7 +66,7 @@ def pull_one(text: str, *, platform: str = "", name: str | None = None) -> str:
     with _shown(text) as shown:
         result = pull_image(
             ref,
-            site=load_site(),
+            site=Site.of_this_process(),
             platform=platforms.parse(platform) if platform else None,
             name=name,
             progress=shown.update,
@@ -80,7 +80,7 @@ def pull_one(text: str, *, platform: str = "", name: str | None = None) -> str:
 def images(format: FormatOption = Format.TABLE) -> None:  # noqa: A002
     """List the images of the store."""
     rows: list[dict[str, object]] = []
-    for stored in Store.open(load_site().store).images():
+    for stored in Store.open(Site.of_this_process().store).images():
         record = stored.image.record if stored.image is not None else None
         rows.append(
             {
@@ -102,7 +102,7 @@ def inspect(
     format: FormatOption = Format.TABLE,  # noqa: A002
 ) -> None:
     """Show what the store knows of an image: its config, where it came from, what conversion changed."""
-    stored = Store.open(load_site().store).find(image, _platform(platform))
+    stored = Store.open(Site.of_this_process().store).find(image, _platform(platform))
     facts = {"name": stored.name, **msgspec.to_builtins(stored.record), "path": stored.path}
     for key in ("passwd", "group"):
         facts.pop(key, None)
@@ -122,7 +122,7 @@ def rm(
     """Remove names from the store, and images that no name means any more. Running programs keep their image."""
     from hpcctr.image.publish import remove
 
-    store = Store.open(load_site().store, writable=True)
+    store = Store.open(Site.of_this_process().store, writable=True)
     for name in names:
         removed = remove(store, name, _platform(platform))
         for gone in (*removed.names, *removed.digests):

@@ -15,8 +15,8 @@ import typer
 
 from hpcctr.cli.table import Format, print_rows
 from hpcctr.client.run import IMAGE_VARIABLE
-from hpcctr.engine.members import root_upper
-from hpcctr.engine.serve import RUN_DIRECTORY
+from hpcctr.engine.members import is_anchor, root_upper
+from hpcctr.wire import RUN_DIRECTORY
 
 
 def ps(
@@ -42,7 +42,7 @@ def _rows(uid: int | None) -> Iterator[dict[str, object]]:
         with contextlib.suppress(OSError, ValueError, StopIteration):
             owner = entry.stat().st_uid
             upper = root_upper(int(entry.name)) if uid in (None, owner) else None
-            if upper is None or not upper.startswith(RUN_DIRECTORY + "/"):
+            if upper is None or not upper.startswith(RUN_DIRECTORY + "/") or is_anchor(int(entry.name)):
                 continue
             words = (entry / "cmdline").read_bytes().split(b"\0")[:-1]
             yield {

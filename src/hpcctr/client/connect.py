@@ -5,9 +5,8 @@ from __future__ import annotations
 import _socket
 
 from hpcctr.errors import EngineUnreachable, HpcctrError, ProtocolBroken, of_slug
-from hpcctr.wire import FRAME_MAX, Frame
+from hpcctr.wire import ENGINE_SOCKET, FRAME_MAX, Frame
 
-ENGINE_SOCKET = "/run/hpcctr/engine.sock"
 #: Seconds for a node container to be built by a busy node; the engine's own deadlines are shorter.
 _PATIENCE = 120
 

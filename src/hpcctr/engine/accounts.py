@@ -13,36 +13,27 @@ import os
 import pwd
 import re
 import stat
-import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 from hpcctr.context import Caller
-from hpcctr.errors import DeadlinePassed
 from hpcctr.image.record import ImageRecord
+from hpcctr.policy.account import with_deadline
 
 #: Files of the host that are copied when they exist.
 HOST_FILES = ("resolv.conf", "hosts", "localtime")
 _FILE_MAX = 1 << 20
 _LINE_MAX = 4096
 _LINES_MAX = 10_000
-#: Seconds for all look-ups of one container.
-_LOOKUP_SECONDS = 20.0
-#: Look-ups at once. Those that hang count, so they cannot become many.
-_look_ups = threading.BoundedSemaphore(32)
 _NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,255}\$?")
 _NUMBER = re.compile(rb"[0-9]{1,10}")
 #: uid_t and gid_t have 32 bits; C libraries differ in what they make of a larger number.
 _ID_MAX = 2**32 - 2
 _FIELD_BREAKERS = re.compile(r"[\x00-\x1f\x7f:]")
 
-Found = TypeVar("Found")
-
 
 def generated_etc(caller: Caller, record: ImageRecord, *, host_etc: str = "/etc") -> dict[str, bytes]:
     """Name below /etc → content. Raises :class:`DeadlinePassed` when the name service does not answer."""
-    account, groups = _with_deadline(lambda: (_account(caller.uid), _groups(caller)), uid=caller.uid)
+    account, groups = with_deadline(lambda: (_account(caller.uid), _groups(caller)), uid=caller.uid)
     files = {
         "passwd": passwd(record.passwd, account=account),
         "group": group(record.group, groups=groups, member=account.pw_name if account else None),
@@ -125,34 +116,6 @@ def _groups(caller: Caller) -> dict[int, str]:
         with contextlib.suppress(KeyError):
             names[gid] = grp.getgrgid(gid).gr_name
     return names
-
-
-def _with_deadline(look_up: Callable[[], Found], *, uid: int) -> Found:
-    # NSS has no time limit of its own. A look-up that hangs keeps its thread, and this one goes on.
-    answer: list[Found] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            answer.append(look_up())
-        except BaseException as error:  # noqa: BLE001
-            failure.append(error)
-        finally:
-            _look_ups.release()
-
-    late = time.monotonic() + _LOOKUP_SECONDS
-    if _look_ups.acquire(timeout=_LOOKUP_SECONDS):
-        thread = threading.Thread(target=work, name=f"nss-{uid}", daemon=True)
-        thread.start()
-        thread.join(max(0.0, late - time.monotonic()))
-    if failure:
-        raise failure[0]
-    if not answer:
-        raise DeadlinePassed(
-            f"the node's name service did not tell who uid {uid} is within {_LOOKUP_SECONDS:.0f} s",
-            hint=f"getent passwd {uid}; systemctl status sssd nscd",
-        )
-    return answer[0]
 
 
 def _host_file(path: str) -> bytes | None:

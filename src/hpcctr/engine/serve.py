@@ -6,6 +6,7 @@ Started by systemd socket activation (sd_listen_fds(3)) or in the foreground; th
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import stat
@@ -18,13 +19,11 @@ from hpcctr.containerd import Containerd
 from hpcctr.context import Caller
 from hpcctr.engine import session
 from hpcctr.engine.nodes import NodeContainers
-from hpcctr.errors import CallerRefused, EngineBusy, HpcctrError, StoreUnusable
+from hpcctr.errors import CallerRefused, ContainerdUnavailable, EngineBusy, HpcctrError, StoreUnusable
 from hpcctr.site import Site
+from hpcctr.wire import ENGINE_SOCKET, RUN_DIRECTORY
 
-#: enter is compiled for this name and accepts no other.
-SOCKET_PATH = "/run/hpcctr/engine.sock"
-RUN_DIRECTORY = "/run/hpcctr"
-STATE_DIRECTORY = "/run/hpcctr/state"
+STATE_DIRECTORY = f"{RUN_DIRECTORY}/state"
 _LISTEN_FDS_START = 3
 _BACKLOG = 1024
 
@@ -95,8 +94,13 @@ def serve(site: Site) -> int:
     nodes = NodeContainers(
         site=site, containerd=Containerd(site.containerd.socket), state=STATE_DIRECTORY, owner="gateway"
     )
-    nodes.adopt()
-    listener = inherited_listener() or own_listener(SOCKET_PATH)
+    _raise_descriptor_limit()
+    try:
+        nodes.adopt()
+    except ContainerdUnavailable as error:
+        # Boot order is nobody's promise; every launch tries again.
+        print(f"hpcctr-engine: {error}; going on without it", file=sys.stderr, flush=True)
+    listener = inherited_listener() or own_listener(ENGINE_SOCKET)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         # shutdown() wakes accept(); close() alone would leave it waiting.
@@ -104,11 +108,18 @@ def serve(site: Site) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    print(f"hpcctr-engine: listening on {SOCKET_PATH}, store {site.store}", file=sys.stderr, flush=True)
+    print(f"hpcctr-engine: listening on {ENGINE_SOCKET}, store {site.store}", file=sys.stderr, flush=True)
     Gateway(site, nodes).accept(listener)
     listener.close()
     nodes.close(remove=False)
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """Every running program and container takes a descriptor; the soft limit of 1024 is for programs that select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def make_run_directory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pwd
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcctr.engine import accounts
-from hpcctr.errors import DeadlinePassed
 from tests.support.values import a_caller, a_stored_image
 
 ALICE = pwd.struct_passwd(("alice", "x", 1000, 100, "Alice A.", "/home/alice", "/bin/zsh"))
@@ -107,26 +105,3 @@ def test_a_link_of_the_hosts_is_followed(tmp_path: Path) -> None:
     (tmp_path / "resolv.conf").symlink_to("real")
     files = accounts.generated_etc(a_caller(uid=0, gid=0), a_stored_image().record, host_etc=str(tmp_path))
     assert files["resolv.conf"] == b"nameserver 127.0.0.53\n"
-
-
-def test_a_name_service_that_hangs_ends_the_launch_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts, "_LOOKUP_SECONDS", 0.05)
-    release = threading.Event()
-    with pytest.raises(DeadlinePassed, match="who uid 4711 is") as raised:
-        accounts._with_deadline(release.wait, uid=4711)
-    assert "getent passwd 4711" in raised.value.hint
-    release.set()
-
-
-def test_look_ups_that_hang_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts, "_LOOKUP_SECONDS", 0.01)
-    monkeypatch.setattr(accounts, "_look_ups", threading.BoundedSemaphore(3))
-    release = threading.Event()
-    for _ in range(10):
-        with pytest.raises(DeadlinePassed):
-            accounts._with_deadline(release.wait, uid=4711)
-    hanging = [thread for thread in threading.enumerate() if thread.name == "nss-4711"]
-    release.set()
-    for thread in hanging:
-        thread.join()
-    assert len(hanging) <= 3

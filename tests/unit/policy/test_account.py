@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from hpcctr.policy.account import names_of
+import threading
+
+import pytest
+
+from hpcctr.errors import DeadlinePassed
+from hpcctr.policy import account
+from hpcctr.policy.account import names_for
+from hpcctr.policy.rules import Rule
 from tests.support.values import a_caller
+
+RULES = (Rule(name="some", action="allow", users=("@staff",)),)
 
 
 def test_root_is_known_by_number_name_and_groups() -> None:
-    assert {"0", "root", "@0", "@root"} <= names_of(a_caller(uid=0, gid=0))
+    assert {"0", "root", "@0", "@root"} <= names_for(RULES, a_caller(uid=0, gid=0))
 
 
 def test_a_uid_no_directory_knows_is_known_by_number() -> None:
-    assert names_of(a_caller(uid=987654, gid=987655, groups=(987656,))) == {"987654", "@987655", "@987656"}
+    assert names_for(RULES, a_caller(uid=987654, gid=987655, groups=(987656,))) == {"987654", "@987655", "@987656"}
+
+
+def test_nobody_is_looked_up_when_no_rule_asks() -> None:
+    assert names_for((Rule(name="all", action="allow"),), a_caller(uid=0)) == frozenset()
+
+
+def test_a_name_service_that_hangs_ends_the_launch_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "_LOOKUP_SECONDS", 0.05)
+    release = threading.Event()
+    with pytest.raises(DeadlinePassed, match="who uid 4711 is") as raised:
+        account.with_deadline(release.wait, uid=4711)
+    assert "getent passwd 4711" in raised.value.hint
+    release.set()
+
+
+def test_look_ups_that_hang_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "_LOOKUP_SECONDS", 0.01)
+    monkeypatch.setattr(account, "_look_ups", threading.BoundedSemaphore(3))
+    release = threading.Event()
+    for _ in range(10):
+        with pytest.raises(DeadlinePassed):
+            account.with_deadline(release.wait, uid=4711)
+    hanging = [thread for thread in threading.enumerate() if thread.name == "nss-4711"]
+    release.set()
+    for thread in hanging:
+        thread.join()
+    assert len(hanging) <= 3

@@ -306,9 +306,16 @@ def test_the_engine_sees_who_asks_from_the_kernel(world: World) -> None:
     assert launch.finish().status == 0
 
 
-def test_root_is_served_over_a_socketpair(world: World) -> None:
+@pytest.mark.parametrize("asks_for_credentials", [False, True])
+def test_root_is_served_over_a_socketpair(world: World, asks_for_credentials: bool) -> None:
+    """A half that asks for credentials gets a name from the kernel at its first message (unix(7), autobind)."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
+        if asks_for_credentials:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            ours.send(b"x")
+            assert theirs.recv(1) == b"x"
+            assert len(theirs.getpeername()) == 6
         launch = world.start(world.plan(["id", "-u"]), account=ROOT, sock=theirs)
         assert ours.recv(16) == b"E"
         socket.send_fds(ours, [b"\0"], [world.container])

@@ -131,17 +131,6 @@ def test_tasks_are_bound_to_the_cores_slurm_gave_them(cluster: Cluster, alice: U
     assert len(set(inside.splitlines())) == 2
 
 
-def test_the_jobs_own_tmp_is_the_tmp_inside(cluster: Cluster, alice: User, small_image: str) -> None:
-    """job_container/tmpfs mounts it for the job alone: the engine, outside the job, could not even see it."""
-    inside = " ".join(
-        f"'{word}'" for word in _inside(small_image, "sh", "-c", "cat /tmp/note; echo inside >> /tmp/note")
-    )
-    step = f"echo outside > /tmp/note; {inside}; cat /tmp/note"
-    _, output, _ = cluster.srun("--nodelist=n1", "--ntasks=1", "sh", "-c", step, user=alice)
-    assert output.decode().split() == ["outside", "outside", "inside"]
-    assert not cluster.nodes[0].host.path("/tmp/note").exists()
-
-
 def test_exit_status_of_a_task_is_the_commands(cluster: Cluster, alice: User, small_image: str) -> None:
     status, _, _ = cluster.srun("--ntasks=1", *_inside(small_image, "sh", "-c", "exit 7"), user=alice, check=False)
     assert status == 7

@@ -397,6 +397,33 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def namespace_of_a_child(world: World, unshared: int) -> tuple[int, Callable[[], None]]:
+    """A descriptor of a mount namespace Alice made in a user namespace of hers, and what ends its process."""
+    ready, go = os.pipe()
+
+    def make() -> None:
+        os.close(ready)
+        require(libc.unshare(CLONE_NEWUSER | unshared))
+        os.write(go, b"x")
+        os.read(wait_end, 1)
+
+    wait_end, release = os.pipe()
+    pid = world.child(make)
+    os.close(go)
+    assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+
+    def end() -> None:
+        os.write(release, b"x")
+        os.close(release)
+        os.close(wait_end)
+        os.close(namespace)
+        assert ended(pid) == 0
+
+    return namespace, end
+
+
 def wait_for_state(pid: int, letters: str) -> None:
     """Wait until the process is in one of these states of proc_pid_stat(5)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def bob(test_users: tuple[User, ...]) -> User:
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A directory for this test, owned by root, that everyone may walk through."""
-    with scratch(request.node.name[:40].replace("[", ".").replace("]", "").replace("/", ".")) as directory:
+    # Sockets lie below it, and their names have at most 107 bytes (unix(7)).
+    with scratch(re.sub(r"[^a-z0-9_]+", ".", request.node.name)[:24]) as directory:
         yield directory
 
 

@@ -2,8 +2,7 @@
 
 Nodes have host names, addresses on a wire of their own, and their own /run, /tmp and /dev/shm: Open MPI chooses its
 transports by host name and address, and names its rendezvous and shared-memory files after them. The spool directory
-lies outside /tmp, so that what a step needs from it has to be carried in by name; a job's /tmp is its own, as
-job_container/tmpfs gives it.
+lies outside /tmp, so that what a step needs from it has to be carried in by name.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import namespace_ids
 from tests.support.host import Host
 from tests.support.polling import wait_until
 from tests.support.users import User
@@ -40,8 +40,6 @@ ProctrackType=proctrack/cgroup
 TaskPlugin=task/affinity,task/cgroup
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-JobContainerType=job_container/tmpfs
-PrologFlags=Contain
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
@@ -140,9 +138,14 @@ def _remove_cgroups() -> None:
                 Path(directory).rmdir()
 
 
+_PRIVATE_TMP = """
+JobContainerType=job_container/tmpfs
+PrologFlags=Contain
+"""
+
 _JOB_CONTAINER_CONF = """
 AutoBasePath=true
-BasePath={root}/slurm/private
+BasePath=/run/slurm-tmp
 """
 
 
@@ -194,8 +197,11 @@ def _own_directories(host: Host, root: Path) -> None:
 
 
 @contextlib.contextmanager
-def slurm(root: Path, *, nodes: int = 1, memory_mb: int = 1500) -> Iterator[Slurm]:
-    """Start a cluster of so many nodes, called n1, n2 …, below ROOT; it ends with its jobs."""
+def slurm(root: Path, *, nodes: int = 1, memory_mb: int = 1500, private_tmp: bool = False) -> Iterator[Slurm]:
+    """Start a cluster of so many nodes, called n1, n2 …, below ROOT; it ends with its jobs.
+
+    With `private_tmp` each job has a /tmp of its own, in a mount namespace of its own (job_container/tmpfs).
+    """
     names = [f"n{number}" for number in range(1, nodes + 1)]
     (root / "slurm/state").mkdir(mode=0o755, parents=True)
     lines = [f"192.0.2.{number} {name}" for number, name in enumerate(names, 1)]
@@ -210,19 +216,22 @@ def slurm(root: Path, *, nodes: int = 1, memory_mb: int = 1500) -> Iterator[Slur
         for name in names:
             (root / name).mkdir(mode=0o755)
             (root / f"slurm/spool.{name}").mkdir(mode=0o755)
-            hosts[name] = stack.enter_context(Host.start(root / name, own_network=True, hostname=name))
+            with namespace_ids.lowest():
+                host = Host.start(root / name, own_network=True, hostname=name)
+            hosts[name] = stack.enter_context(host)
             _own_directories(hosts[name], root)
             described += f"NodeName={name}\n"
         _wire(hosts)
-        (root / "slurm/slurm.conf").write_text(described + _CONF.format(root=root))
+        described += _CONF.format(root=root) + (_PRIVATE_TMP if private_tmp else "")
+        (root / "slurm/slurm.conf").write_text(described)
+        (root / "slurm/job_container.conf").write_text(_JOB_CONTAINER_CONF)
         (root / "slurm/cgroup.conf").write_text(_CGROUP_CONF)
-        (root / "slurm/job_container.conf").write_text(_JOB_CONTAINER_CONF.format(root=root))
         cluster = Slurm(root=root, nodes=hosts, daemons=[])
         stack.callback(cluster.stop)
         # All nodes reach the one munge: its socket is a file, and the directory is the same in all of them.
         cluster.daemons.append(_start_munge(cluster.login, root))
         cluster.daemons.append(_start_daemon(cluster.login, root, "slurmctld", ["slurmctld", "-D"]))
-        for name, host in hosts.items():
-            cluster.daemons.append(_start_daemon(host, root, f"slurmd.{name}", ["slurmd", "-D", "-N", name]))
+        for name, node in hosts.items():
+            cluster.daemons.append(_start_daemon(node, root, f"slurmd.{name}", ["slurmd", "-D", "-N", name]))
         cluster.wait_until_idle()
         yield cluster

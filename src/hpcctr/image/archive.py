@@ -18,7 +18,7 @@ import msgspec
 
 from hpcctr.errors import ImageBroken, NotAnImage
 from hpcctr.image import tarstream
-from hpcctr.image.compression import CHUNK, ByteSource, decompressed, is_compressed
+from hpcctr.image.compression import CHUNK, Blob, decompressed, is_compressed
 from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.record import Platform
 from hpcctr.image.reference import ImageRef
@@ -154,7 +154,7 @@ class LayoutSource:
         """See :class:`hpcctr.image.source.BlobSource`."""
         return _read_small(self._files, _blob_path(descriptor.digest))
 
-    def open_layer(self, layer: LayerBlob) -> ByteSource:
+    def open_layer(self, layer: LayerBlob) -> Blob:
         """The compressed bytes of a layer, not yet verified."""
         file = self._files.open(_blob_path(layer.digest))
         if file is None:
@@ -204,7 +204,7 @@ class DockerArchive:
         self._by_diff_id = {layer.diff_id: path for layer, path in zip(image.layers, self._image.layers, strict=True)}
         return image
 
-    def open_layer(self, layer: LayerBlob) -> ByteSource:
+    def open_layer(self, layer: LayerBlob) -> Blob:
         """The bytes of a layer, not yet verified."""
         path = self._by_diff_id[layer.diff_id]
         file = self._files.open(path)

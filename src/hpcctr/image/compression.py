@@ -28,6 +28,12 @@ class ByteSource(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class Blob(ByteSource, Protocol):
+    """A source that is closed after use."""
+
+    def close(self) -> None: ...
+
+
 def decompressed(source: ByteSource, what: str) -> Iterator[bytes]:
     """The content of ``source`` in chunks of at most :data:`CHUNK`. Raises :class:`ImageBroken`; ``what`` names the
     source."""

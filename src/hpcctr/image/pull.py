@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from hpcctr.errors import ConversionFailed, UsageWrong
 from hpcctr.image.archive import find_image, open_files
-from hpcctr.image.compression import CHUNK, ByteSource, decompressed, prefetched
+from hpcctr.image.compression import CHUNK, Blob, decompressed, prefetched
 from hpcctr.image.convert import ImageFile, find_tool, inode_count, write_squashfs
 from hpcctr.image.layers import LayerMerge
 from hpcctr.image.platform import of_this_node
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _DOWNLOADS = 4
 
-OpenBlob = Callable[[LayerBlob], ByteSource]
+OpenBlob = Callable[[LayerBlob], Blob]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +157,12 @@ def _convert(
     read = report.counter("read", sum(max(layer.size, 0) for layer in image.layers))
     for number, layer in enumerate(image.layers):
         what = f"layer {number + 1}"
-        chunks = prefetched(_verified(layer, open_blob, what))
+        chunks = prefetched(_verified(layer, open_blob, what, read))
         merge.apply(_checked(chunks, Verification(layer.diff_id, -1, f"{what}, uncompressed,")), what)
-        read(max(layer.size, 0))
 
     def again(number: int) -> Iterator[bytes]:
         layer, what = image.layers[number], f"layer {number + 1}"
-        chunks = prefetched(_verified(layer, open_blob, what))
+        chunks = prefetched(_verified(layer, open_blob, what, lambda _: None))
         return chunks if layer.digest else _checked(chunks, Verification(layer.diff_id, -1, what))
 
     def produce(write: Callable[[bytes], object]) -> MergeFacts:
@@ -180,17 +179,20 @@ def _convert(
     return file, facts
 
 
-def _verified(layer: LayerBlob, open_blob: OpenBlob, what: str) -> Iterator[bytes]:
-    """A layer's uncompressed bytes; its blob is read to the end and agrees with the manifest, or this raises."""
-    source = open_blob(layer)
-    try:
-        reader = VerifiedReader(source, Verification(layer.digest, layer.size, what)) if layer.digest else source
+def _verified(layer: LayerBlob, open_blob: OpenBlob, what: str, count: Callable[[int], None]) -> Iterator[bytes]:
+    """A layer's uncompressed bytes; its blob is read to the end and agrees with the manifest, or this raises.
+
+    ``count`` is told how many bytes of the blob were read, where the source says how many there are.
+    """
+    with contextlib.closing(open_blob(layer)) as blob:
+        if not layer.digest:
+            yield from decompressed(blob, what)
+            return
+        reader = VerifiedReader(blob, Verification(layer.digest, layer.size, what), count)
         yield from decompressed(reader, what)
+        # A decompressor may stop at the end of its data; digest and size are of the whole blob.
         while reader.read(CHUNK):
             pass
-    finally:
-        with contextlib.suppress(AttributeError):
-            source.close()  # type: ignore[attr-defined]
 
 
 def _checked(chunks: Iterator[bytes], check: Verification) -> Iterator[bytes]:

@@ -159,7 +159,7 @@ class ImageRef:
 
     def absolute(self) -> ImageRef:
         """The same with a path that does not depend on the working directory."""
-        return replace(self, path=str(Path(self.path).absolute())) if self.is_file else self
+        return replace(self, path=str(_absolute(self.path))) if self.is_file else self
 
     def name_in_store(self) -> ImageRef:
         """The name an image gets when nobody gives it one.
@@ -169,7 +169,7 @@ class ImageRef:
         says of itself."""
         if not self.is_file:
             return replace(self, tag="") if self.digest else self
-        stem = Path(self.path).absolute().name.lower()
+        stem = _absolute(self.path).name.lower()
         for suffix in sorted(_ARCHIVE_SUFFIXES, key=len, reverse=True):
             if stem.endswith(suffix) and stem != suffix:
                 stem = stem.removesuffix(suffix)
@@ -182,6 +182,15 @@ class ImageRef:
             repository=repository,
             tag=tag if _TAG.fullmatch(tag) else DEFAULT_TAG,
         )
+
+
+def _absolute(path: str) -> Path:
+    try:
+        return Path(path).absolute()
+    except OSError as error:
+        raise _wrong(
+            path, f"the working directory is gone: {error.strerror}", hint="cd to a directory that exists"
+        ) from None
 
 
 def _wrong(text: str, problem: str, *, hint: str = "") -> ReferenceWrong:

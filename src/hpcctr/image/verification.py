@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 from hpcctr.errors import ImageBroken
 from hpcctr.image.compression import ByteSource
@@ -38,11 +39,15 @@ class Verification:
 
 
 class VerifiedReader:
-    """A source of bytes that is checked while it is read, and as a whole when it ends."""
+    """A source of bytes that is checked while it is read, and as a whole when it ends.
 
-    def __init__(self, source: ByteSource, check: Verification) -> None:
+    ``count`` is told how many bytes more were read.
+    """
+
+    def __init__(self, source: ByteSource, check: Verification, count: Callable[[int], None] = lambda _: None) -> None:
         self._source = source
         self._check = check
+        self._count = count
         self._ended = False
 
     def read(self, size: int = -1) -> bytes:
@@ -50,6 +55,7 @@ class VerifiedReader:
         chunk = self._source.read(size)
         if chunk:
             self._check.add(chunk)
+            self._count(len(chunk))
         elif not self._ended:
             self._ended = True
             self._check.require_agreement()

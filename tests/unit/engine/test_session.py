@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,11 +156,8 @@ def test_a_process_that_is_not_enter_gets_no_namespace(serving: Serving, nodes: 
 
 def test_another_process_than_the_one_that_connected_gets_no_namespace(serving: Serving, nodes: NoContainers) -> None:
     def send_from_a_child(sock: socket.socket) -> None:
-        child = os.fork()
-        if child == 0:
-            sock.sendall(b"E")
-            os._exit(0)
-        os.waitpid(child, 0)
+        code = "import os, sys; os.write(int(sys.argv[1]), b'E')"
+        subprocess.run([sys.executable, "-c", code, str(sock.fileno())], pass_fds=[sock.fileno()], check=True)
 
     packet = _refusal_of(serving(), send_from_a_child)
     assert packet[0] == 126

@@ -41,7 +41,7 @@ def found(text: str, workspace: Path) -> SourceImage:
     for layer in image.layers:
         reader = source.open_layer(layer)
         assert reader.read(10)
-        reader.close()  # type: ignore[attr-defined]
+        reader.close()
     return image
 
 

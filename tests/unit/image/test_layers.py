@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +19,7 @@ from hpcctr.image.layers import LayerMerge
 from hpcctr.image.tarstream import REGULAR, SYMLINK
 from hpcctr.image.tree import Directory, Leaf
 from tests.support.oci import (
+    Image,
     Member,
     character_device,
     directory,
@@ -25,6 +30,7 @@ from tests.support.oci import (
     symlink,
     tar,
     whiteout,
+    write_layout,
 )
 
 Parts = tuple[bytes, ...]
@@ -384,6 +390,34 @@ def test_a_stack_of_layers_merges_as_the_model_says(stack: list[list[Member]]) -
         if isinstance(value, bytes)
     }
     assert tree_of(*layers) == expected
+
+
+def unpacked_by_umoci(stack: list[list[Member]], where: Path) -> dict[str, object] | None:
+    """What umoci makes of a stack; None when it refuses it."""
+    write_layout(where / "layout", Image(layers=tuple(tar(*members) for members in stack)), ref="x")
+    command = ["umoci", "unpack", "--image", f"{where}/layout:x", str(where / "bundle")]
+    if subprocess.run(command, capture_output=True).returncode:
+        return None
+    found: dict[str, object] = {}
+    root = where / "bundle/rootfs"
+    for above, directories, files in os.walk(root):
+        for name in (*directories, *files):
+            path = Path(above, name)
+            key = str(path.relative_to(root))
+            found[key] = f"-> {path.readlink()}" if path.is_symlink() else "dir" if path.is_dir() else path.read_bytes()
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="umoci unpacks as root")
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(_member, max_size=6), min_size=1, max_size=3))
+def test_a_stack_of_layers_merges_as_umoci_unpacks_it(stack: list[list[Member]]) -> None:
+    stack[0] = [member for member in stack[0] if b".wh." not in member.name]
+    layers = tuple(tar(*members) for members in stack)
+    with tempfile.TemporaryDirectory() as where:
+        theirs = unpacked_by_umoci(stack, Path(where))
+        if theirs is not None:
+            assert tree_of(*layers) == theirs
 
 
 def test_a_leaf_knows_where_its_content_lies() -> None:

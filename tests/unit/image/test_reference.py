@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,6 +157,17 @@ def test_any_text_is_a_name_or_refused(text: str) -> None:
 )
 def test_the_name_in_the_store_comes_from_what_was_typed(typed: str, name: str) -> None:
     assert str(ImageRef.parse(typed).name_in_store()) == name
+
+
+def test_a_relative_path_is_one_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ref = ImageRef.parse("oci-archive:app.tar:v1")
+    assert str(ref.absolute()) == f"oci-archive:{tmp_path}/here/app.tar:v1"
+    (tmp_path / "here").rmdir()
+    for act in (ref.absolute, ref.name_in_store):
+        with pytest.raises(ReferenceWrong, match="working directory"):
+            act()
 
 
 def test_the_familiar_text_is_the_shortest() -> None:

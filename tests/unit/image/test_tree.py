@@ -54,16 +54,29 @@ def test_made_parents_carry_the_time_of_what_needed_them() -> None:
     assert (a.mode, a.mtime) == (0o755, 5)
 
 
-def test_a_remembered_parent_is_forgotten_when_it_is_taken_away() -> None:
+def test_a_remembered_parent_is_forgotten_when_the_link_to_it_is_hidden() -> None:
     tree = Tree()
-    put(tree, b"d/x")
+    put(tree, b"one/x")
+    put(tree, b"l", SYMLINK, b"one")
     tree.begin_layer(1)
-    put(tree, b"other")
-    tree.hide(tree.root, b"d")
-    put(tree, b"d/y")
-    d = tree.find(b"d")
-    assert isinstance(d, Directory)
-    assert set(d.children) == {b"y"}
+    put(tree, b"l/a")
+    tree.hide(tree.root, b"l")
+    put(tree, b"l/b")
+    assert tree.find(b"one/a") is not None
+    assert tree.find(b"one/b") is None
+    assert isinstance(tree.find(b"l"), Directory)
+
+
+def test_a_remembered_parent_is_forgotten_when_its_own_entry_cuts_the_way_to_it() -> None:
+    tree = Tree()
+    put(tree, b"d/sub/f")
+    put(tree, b"d/x", SYMLINK, b"sub")
+    put(tree, b"l", SYMLINK, b"d/x/..")
+    put(tree, b"l/a")
+    assert tree.find(b"d/a") is not None
+    put(tree, b"l/x")
+    with pytest.raises(ImageBroken, match="not a directory"):
+        put(tree, b"l/b")
 
 
 def test_a_remembered_parent_is_forgotten_when_a_link_on_the_way_changes() -> None:

@@ -169,7 +169,7 @@ def test_pulling_what_is_no_image(shared_node: Node, place: Path) -> None:
         text = _pull_refusal(shared_node, source)
         assert "error[not-an-image]" in text, text
         assert str(place) in text
-    assert "No such file" in _pull_refusal(shared_node, f"oci-archive:{place}/none.tar")
+    assert "no such file" in _pull_refusal(shared_node, f"oci-archive:{place}/none.tar")
 
 
 def test_pulling_a_truncated_archive_publishes_nothing(shared_node: Node, busybox_image: str, place: Path) -> None:

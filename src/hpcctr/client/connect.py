@@ -32,8 +32,7 @@ def connect(path: str = ENGINE_SOCKET) -> _socket.socket:
 def ask(sock: _socket.socket, request: Frame) -> Frame:
     """The engine's answer to ``request``. An error the engine answers with is raised as the class it is."""
     try:
-        sock.sendall(request.pack())
-        packet = sock.recv(FRAME_MAX + 1)
+        packet = _exchange(sock, request.pack())
     except OSError as error:
         raise EngineUnreachable(f"the engine went away: {error.strerror}", hint="hpcctr doctor") from None
     if not packet:
@@ -55,3 +54,19 @@ def of_answer(answer: Frame) -> HpcctrError:
     if cls is HpcctrError:
         error.slug = answer.text("slug")
     return error
+
+
+def _exchange(sock: _socket.socket, packet: bytes) -> bytes:
+    """Send and receive.
+
+    An engine that refuses may have answered and hung up before it was asked: its answer can still be read, after the
+    error that tells of the end (ECONNRESET is reported once).
+    """
+    try:
+        sock.sendall(packet)
+        return sock.recv(FRAME_MAX + 1)
+    except (BrokenPipeError, ConnectionResetError):
+        try:
+            return sock.recv(FRAME_MAX + 1)
+        except ConnectionResetError:
+            return sock.recv(FRAME_MAX + 1)

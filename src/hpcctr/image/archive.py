@@ -80,8 +80,7 @@ class ArchiveFiles:
         self._path = path
         self._members: dict[str, tuple[int, int] | str] = {}
         with _require_file(path) as file:
-            cursor = _FileCursor(file)
-            for entry in tarstream.entries(cursor, name):
+            for entry in _entries(file, name):
                 member = _normal(os.fsdecode(entry.name))
                 if entry.type == tarstream.REGULAR:
                     self._members[member] = (entry.offset, entry.size)
@@ -109,6 +108,21 @@ class ArchiveFiles:
         for _ in range(_LINKS_MAX):
             place = self._members.get(place) if isinstance(place, str) else place
         return place if isinstance(place, tuple) else None
+
+
+def _entries(file: io.BufferedReader, name: str) -> Iterator[tarstream.Entry]:
+    """The entries of a tar file; one that has not a single one was never an archive."""
+    has_any = False
+    try:
+        for entry in tarstream.entries(_FileCursor(file), name):
+            has_any = True
+            yield entry
+    except ImageBroken as error:
+        if has_any:
+            raise
+        raise NotAnImage(
+            f"{name} is not a tar archive ({error.message.removeprefix(name).strip()})", hint="name an image archive"
+        ) from None
 
 
 class LayoutSource:

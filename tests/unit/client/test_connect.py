@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcctr.client import connect as client
-from hpcctr.errors import EngineUnreachable, HpcctrError, ImageNotInStore, ProtocolBroken
+from hpcctr.errors import EngineBusy, EngineUnreachable, HpcctrError, ImageNotInStore, ProtocolBroken
 from hpcctr.wire import Frame
 
 
@@ -89,4 +89,18 @@ def test_the_socket_stays_blocking_for_enter(answering: Answering) -> None:
     assert sock.gettimeout() is None
     assert os.get_blocking(sock.fileno())
     sock.send(b"x")
+    sock.close()
+
+
+def test_an_answer_that_came_before_the_question_is_read(tmp_path: Path) -> None:
+    refusal = Frame("error", [("slug", b"engine-busy"), ("message", b"m"), ("hint", b"")]).pack()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        sock = client.connect(str(tmp_path / "s"))
+        peer, _ = listener.accept()
+        with peer:
+            peer.sendall(refusal)
+    with pytest.raises(EngineBusy, match="m"):
+        client.ask(sock, Frame("run"))
     sock.close()

@@ -41,6 +41,15 @@ class Profile:
         """The same, and what it printed."""
         return self.run(*command, flags=flags, **options).stdout.decode(errors="surrogateescape")
 
+    def start(self, *command: str, flags: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], str]:
+        """A program that has printed a line, which is returned too; by default one that runs until its stdin ends."""
+        words = command or ("sh", "-c", "echo; exec cat")
+        process = self.node.popen(
+            "run", *flags, self.image, "--", *words, user=self.user, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        return process, process.stdout.readline().decode().rstrip("\n")
+
     def native(self, *command: str, **options: Any) -> str:
         """What a command prints without a container."""
         return self.node.host.run(command, user=self.user, **options).stdout.decode(errors="surrogateescape")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,19 +28,8 @@ def test_the_callers_names_are_known_inside(gateway: Profile) -> None:
 
 
 def test_the_programs_pid_is_the_pid_of_hpcctr(gateway: Profile) -> None:
-    process = gateway.node.popen(
-        "run",
-        gateway.image,
-        "--",
-        "sh",
-        "-c",
-        "echo $$; exec cat",
-        user=gateway.user,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert int(process.stdout.readline()) == process.pid
+    process, said = gateway.start("sh", "-c", "echo $$; exec cat")
+    assert int(said) == process.pid
     # The very same process, seen from outside: our child, with the image as its root.
     assert os.readlink(f"/proc/{process.pid}/exe") == "/bin/busybox"
     assert int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid()
@@ -149,31 +137,15 @@ def test_death_by_signal_is_death_by_signal(profile: Profile) -> None:
 
 def test_a_signal_to_hpcctr_reaches_the_program(profile: Profile) -> None:
     script = "trap 'echo got; exit 7' TERM; echo ready; while :; do sleep 0.1; done"
-    process = profile.node.popen(
-        "run", profile.image, "--", "sh", "-c", script, user=profile.user, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    process, _ = profile.start("sh", "-c", script)
     process.terminate()
-    assert process.stdout.read() == b"got\n"
-    assert process.wait(20) == 7
+    assert process.communicate(timeout=20)[0] == b"got\n"
+    assert process.returncode == 7
 
 
 def test_engine_and_containerd_may_go_while_programs_run(own_node_with_busybox: Profile) -> None:
     profile = own_node_with_busybox
-    process = profile.node.popen(
-        "run",
-        profile.image,
-        "--",
-        "sh",
-        "-c",
-        "echo ready; cat; ls /bin/sh",
-        user=profile.user,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    process, _ = profile.start("sh", "-c", "echo ready; cat; ls /bin/sh")
     profile.node.engine.restart(kill=True)
     profile.node.containerd.restart(kill=True)
     output, _ = process.communicate(b"x\n", timeout=20)
@@ -182,21 +154,8 @@ def test_engine_and_containerd_may_go_while_programs_run(own_node_with_busybox: 
 
 
 def test_nothing_of_hpcctr_stays_between_caller_and_program(gateway: Profile) -> None:
-    process = gateway.node.popen(
-        "run",
-        gateway.image,
-        "--",
-        "sh",
-        "-c",
-        "echo; exec cat",
-        user=gateway.user,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
+    process, _ = gateway.start()
     wait_until(lambda: os.readlink(f"/proc/{process.pid}/exe") == "/bin/busybox")
     assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() == ""
     assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) == 1
     process.communicate()
-    assert sys.platform == "linux"

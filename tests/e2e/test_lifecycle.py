@@ -4,7 +4,6 @@ restart.
 
 from __future__ import annotations
 
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,25 +16,6 @@ from tests.support.polling import wait_until
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
-
-
-def _start(profile: Profile, *flags: str) -> subprocess.Popen[bytes]:
-    """A program that runs until its stdin ends."""
-    process = profile.node.popen(
-        "run",
-        *flags,
-        profile.image,
-        "--",
-        "sh",
-        "-c",
-        "echo; exec cat",
-        user=profile.user,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"\n"
-    return process
 
 
 def _require_only_a_new_engine(before: Leftovers) -> None:
@@ -60,7 +40,7 @@ def test_many_launches_at_once_share_one_container(own_node_with_busybox: Profil
 def test_a_container_that_nobody_uses_is_removed_with_everything(own_node_with_busybox: Profile) -> None:
     profile = own_node_with_busybox
     before = Leftovers.of(profile.node.host, profile.node.containerd)
-    process = _start(profile)
+    process = profile.start()[0]
     assert len(profile.node.containerd.containers()) == 1
     process.communicate()
     require_nothing_new(before)
@@ -69,9 +49,14 @@ def test_a_container_that_nobody_uses_is_removed_with_everything(own_node_with_b
 def test_users_images_and_targets_have_containers_of_their_own(own_node_with_busybox: Profile, bob: User) -> None:
     profile = own_node_with_busybox
     others = Profile(name="bob", node=profile.node, user=bob, image=profile.image)
-    processes = [_start(profile), _start(profile), _start(others), _start(profile, "-v", "/var:/there")]
+    processes = [
+        profile.start()[0],
+        profile.start()[0],
+        others.start()[0],
+        profile.start(flags=["-v", "/var:/there"])[0],
+    ]
     assert len(profile.node.containerd.containers()) == 3
-    for process in processes:
+    for process, _ in started:
         process.communicate()
 
 
@@ -79,7 +64,7 @@ def test_a_restarted_engine_finds_its_containers_again(own_node_with_busybox: Pr
     profile = own_node_with_busybox
     before = Leftovers.of(profile.node.host, profile.node.containerd)
     for kill in (False, True):
-        process = _start(profile)
+        process = profile.start()[0]
         containers = profile.node.containerd.containers()
         profile.node.engine.restart(kill=kill)
         assert profile.output("echo", "again") == "again\n"
@@ -91,7 +76,7 @@ def test_a_restarted_engine_finds_its_containers_again(own_node_with_busybox: Pr
 def test_a_restart_that_finds_no_member_removes_the_container(own_node_with_busybox: Profile) -> None:
     profile = own_node_with_busybox
     before = Leftovers.of(profile.node.host, profile.node.containerd)
-    process = _start(profile)
+    process = profile.start()[0]
     profile.node.engine.stop(kill=True)
     process.communicate()
     assert profile.node.containerd.containers()
@@ -101,7 +86,7 @@ def test_a_restart_that_finds_no_member_removes_the_container(own_node_with_busy
 
 def test_a_killed_anchor_does_not_matter(own_node_with_busybox: Profile) -> None:
     profile = own_node_with_busybox
-    process = _start(profile)
+    process = profile.start()[0]
     rows = profile.node.containerd.ctr("tasks", "list").splitlines()[1:]
     anchor = int(rows[0].split()[1])
     # It runs as its user, who may kill it.
@@ -117,7 +102,7 @@ def test_direct_mode_leaves_nothing_whatever_ends_it(own_node_with_busybox: Prof
     before = Leftovers.of(profile.node.host, profile.node.containerd)
     direct.run("no-such-program", check=127)
     direct.run("sh", "-c", "kill -9 $$", check=-9)
-    process = _start(direct)
+    process = direct.start()[0]
     process.terminate()
     assert process.wait(20) == -15
     process.communicate()
@@ -128,7 +113,7 @@ def test_what_a_killed_direct_engine_left_is_removed_by_the_next(own_node_with_b
     profile = own_node_with_busybox
     direct = Profile(name="direct", node=profile.node, user=None, image=profile.image)
     before = Leftovers.of(profile.node.host, profile.node.containerd)
-    process = _start(direct)
+    process = direct.start()[0]
     process.kill()
     process.wait(20)
     command = Path(f"/proc/{process.pid}")
@@ -144,7 +129,7 @@ def test_what_a_killed_direct_engine_left_is_removed_by_the_next(own_node_with_b
 
 def test_ps_lists_the_callers_programs(own_node_with_busybox: Profile, bob: User) -> None:
     profile = own_node_with_busybox
-    process = _start(profile)
+    process = profile.start()[0]
     listing = profile.node.hpcctr("ps", user=profile.user).stdout.decode()
     assert f"{process.pid} " in listing and "busybox" in listing and "cat" in listing
     assert str(process.pid) not in profile.node.hpcctr("ps", user=bob).stdout.decode()
@@ -177,7 +162,7 @@ def test_mounts_of_programs_stay_off_a_host_whose_mounts_are_shared(
         started.pull(busybox_image)
         before = {mount.target for mount in started.host.mounts()}
         profile = Profile(name="shared", node=started, user=alice, image=busybox_image)
-        process = _start(profile)
+        process = profile.start()[0]
         new = {mount.target for mount in started.host.mounts()} - before
         own = ("/run/hpcctr/", "/run/containerd/", str(place))
         assert all(target.startswith(own) for target in new), new

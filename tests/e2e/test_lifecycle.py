@@ -49,12 +49,7 @@ def test_a_container_that_nobody_uses_is_removed_with_everything(own_node_with_b
 def test_users_images_and_targets_have_containers_of_their_own(own_node_with_busybox: Profile, bob: User) -> None:
     profile = own_node_with_busybox
     others = Profile(name="bob", node=profile.node, user=bob, image=profile.image)
-    processes = [
-        profile.start()[0],
-        profile.start()[0],
-        others.start()[0],
-        profile.start(flags=["-v", "/var:/there"])[0],
-    ]
+    started = [profile.start(), profile.start(), others.start(), profile.start(flags=["-v", "/var:/there"])]
     assert len(profile.node.containerd.containers()) == 3
     for process, _ in started:
         process.communicate()

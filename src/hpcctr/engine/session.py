@@ -102,7 +102,7 @@ def _receive_request(peer: socket.socket) -> Frame:
     if descriptors or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         raise ProtocolBroken("a request with descriptors, or over the limit of a frame")
     if not untrusted_packet:
-        raise ProtocolBroken("no request")
+        raise ConnectionAbortedError  # somebody looked whether there is an engine
     frame = Frame.unpack(untrusted_packet)
     if frame.verb != LaunchRequest.VERB:
         raise ProtocolBroken(

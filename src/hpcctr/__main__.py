@@ -1,4 +1,4 @@
-"""Entry of the program. ``hpcctr run`` through an engine takes a short lane that imports next to nothing."""
+"""Entry of the program. ``run`` and ``exec`` through an engine take a short lane that imports next to nothing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Run the command line of this process; the exit status is the command's own where it became the process."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["run"] and os.getuid() != 0:
+    if arguments[:1] in (["run"], ["exec"]) and os.getuid() != 0:
         _isolate()
-        _run(arguments[1:])
+        _take_short_lane(arguments[0], arguments[1:])
     from hpcctr.cli.app import run_command_line
 
     raise SystemExit(run_command_line())
 
 
-def _run(arguments: list[str]) -> None:
+def _take_short_lane(verb: str, arguments: list[str]) -> None:
     """The short lane; returns when the full command answers better."""
     from hpcctr.errors import HpcctrError
-    from hpcctr.request import NeedsFullParser, RunWords
+    from hpcctr.request import ExecWords, NeedsFullParser, RunWords
 
     try:
+        if verb == "exec":
+            from hpcctr.client.exec import join
+
+            join(ExecWords.parse(arguments))
         words = RunWords.parse(arguments)
         if words.explain or words.pull == "always":
             return

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import struct
+import sys
 from dataclasses import dataclass
 
 from hpcctr.errors import CallerRefused, CallerTraced, NoNewPrivileges
@@ -19,7 +20,7 @@ from hpcctr.errors import CallerRefused, CallerTraced, NoNewPrivileges
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77
 #: Inode numbers of the initial user and pid namespaces: include/linux/proc_ns.h (UAPI linux/nsfs.h since 6.18).
-_INITIAL_USER_NAMESPACE = 0xEFFFFFFD
+INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 _UID_MAX = 2**31 - 1
 
@@ -71,7 +72,7 @@ class Caller:
             raise CallerRefused(
                 f"pid {self.pid} has effective capabilities", hint="start hpcctr from an ordinary shell"
             )
-        for name, initial in (("user", _INITIAL_USER_NAMESPACE), ("pid", _INITIAL_PID_NAMESPACE)):
+        for name, initial in (("user", INITIAL_USER_NAMESPACE), ("pid", _INITIAL_PID_NAMESPACE)):
             if self._stat(f"ns/{name}").st_ino != initial:
                 raise CallerRefused(
                     f"pid {self.pid} is not in the node's {name} namespace", hint="start hpcctr outside that container"
@@ -162,6 +163,9 @@ def _peer_pidfd(peer: socket.socket, pid: int) -> int:
 
 
 def machine() -> str:
-    """The processor in OCI's word for it (GOARCH): ``amd64``, ``arm64``, …"""
-    name = os.uname().machine
+    """The processor in OCI's word for it (GOARCH): ``amd64``, ``arm64``, …
+
+    Python's own where it says: uname(2) tells a caller with the personality linux32 (setarch) another.
+    """
+    name = getattr(sys.implementation, "_multiarch", "").partition("-")[0] or os.uname().machine
     return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(name, name)

@@ -90,6 +90,13 @@ class CallerTraced(CallerRefused):
     slug = "traced"
 
 
+class ProcessOutOfReach(HpcctrError):
+    """The process to go to is not a program of the caller's own in a container of this node."""
+
+    slug = "not-your-program"
+    exit_status = REFUSED
+
+
 class EnterUnusable(HpcctrError):
     """The installed enter is missing, or has not the owner, mode or capabilities it needs."""
 
@@ -100,6 +107,26 @@ class EnterNotBuilt(HpcctrError):
     """The program enter cannot be compiled on this machine."""
 
     slug = "enter-build"
+
+
+class InsideContainer(HpcctrError):
+    """hpcctr was started by a program that already is in a container of hpcctr."""
+
+    slug = "inside-container"
+    exit_status = REFUSED
+
+
+class LauncherInside(HpcctrError):
+    """The command is an MPI launcher that would look for the scheduler's commands in the image."""
+
+    slug = "launcher-inside"
+    exit_status = REFUSED
+
+
+class LauncherUnusable(HpcctrError):
+    """The command hpcctr cannot be made to start through front, or front cannot start Python."""
+
+    slug = "launcher"
 
 
 class LaunchPlanWrong(HpcctrError):

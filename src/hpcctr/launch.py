@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpcctr.context import Caller, machine
 from hpcctr.engine.nodes import NodeContainer, NodeContainers
+from hpcctr.engine.view import View
 from hpcctr.host import edits
 from hpcctr.image.record import Platform
 from hpcctr.image.store import Store
@@ -11,7 +12,7 @@ from hpcctr.policy import account
 from hpcctr.policy.decide import decide
 from hpcctr.policy.grant import Grant
 from hpcctr.policy.load import load
-from hpcctr.request import LaunchRequest
+from hpcctr.request import ExecRequest, LaunchRequest
 from hpcctr.site import Site
 
 
@@ -25,6 +26,19 @@ def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
         image=Store.open(site.store).find(request.image, Platform(os="linux", architecture=machine())),
         edits=edits.of_site(site),
         targets=request.targets_with(site.carry),
+    )
+
+
+def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Grant:
+    """The same for a process that goes where another of its user's is: policy decides again, nothing is built."""
+    rules = load(site.policy_directory)
+    return decide(
+        rules,
+        caller=caller,
+        user_names=account.names_for(rules, caller),
+        image=Store.open(site.store).image_known_as(view.place.image_digest, request.image),
+        edits=edits.of_site(site),
+        targets=(),
     )
 
 

@@ -1,8 +1,9 @@
-"""What a caller asks for: the words of ``hpcctr run``, and the request that crosses the socket.
+"""What a caller asks for: the words of ``hpcctr run`` and ``exec``, and the requests that cross the socket.
 
-``RUN_OPTIONS`` is the one declaration of run's options: the short lane parses by it (:func:`RunWords.parse`), the
-typer command is made from it, and documentation is checked against it. :class:`LaunchRequest` is all that leaves the
-user's process: no uid, no command, no environment, no source path.
+``RUN_OPTIONS`` is the one declaration of run's options, ``EXEC_OPTIONS`` the part of them exec has: the short lane
+parses by it (:func:`RunWords.parse`), the typer command is made from it, and documentation is checked against it.
+:class:`LaunchRequest` or :class:`ExecRequest` is all that leaves the user's process: no uid, no command, no
+environment, no source path.
 
 Imports nothing but the error classes and frames: it is part of every launch.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from hpcctr.errors import ProtocolBroken, UsageWrong
+from hpcctr.errors import NoCommand, ProtocolBroken, UsageWrong
 from hpcctr.wire import Frame
 
 TYPE_CHECKING = False
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 #: More targets make a launch slow for everybody: each costs a mount under one kernel lock.
 TARGETS_MAX = 120
-_PATH_MAX = 4096
+#: Of Linux, the closing zero byte included (linux/limits.h).
+PATH_MAX = 4096
+#: Above every pid the kernel gives out (PID_MAX_LIMIT in linux/threads.h).
+_PID_END = 4194305
 #: Places a mount target may never be at or below; enter refuses them again.
 FORBIDDEN_TARGETS = (b"/proc", b"/sys", b"/dev", b"/run/hpcctr")
 
@@ -81,7 +85,7 @@ RUN_OPTIONS = (
     ),
     Option("explain", ("--explain",), "Print what would be granted, mounted and set, and run nothing."),
 )
-_BY_FLAG = {flag: option for option in RUN_OPTIONS for flag in option.flags}
+EXEC_OPTIONS = tuple(option for option in RUN_OPTIONS if option.name in ("env", "clean_env", "workdir"))
 
 
 class NeedsFullParser(Exception):  # noqa: N818
@@ -131,33 +135,71 @@ class RunWords:
 
         Raises :class:`NeedsFullParser` for anything not plainly an option of :data:`RUN_OPTIONS`.
         """
-        options: dict[str, object] = {}
-        rest = list(arguments)
-        while rest and rest[0].startswith("-"):
-            word = rest.pop(0)
-            flag, sign, value = word.partition("=") if word.startswith("--") else (word, "", "")
-            option = _BY_FLAG.get(flag)
-            if option is None or (sign and not option.metavar):
+        options, image, command = _split(arguments, RUN_OPTIONS)
+        return cls(image, command, **options)
+
+
+class ExecWords:
+    """The words of one ``hpcctr exec``, as bytes where they are the user's data."""
+
+    __slots__ = ("clean_env", "command", "env", "pid", "workdir")
+
+    def __init__(
+        self,
+        pid: str,
+        command: Sequence[bytes],
+        *,
+        env: tuple[bytes, ...] = (),
+        clean_env: bool = False,
+        workdir: bytes | None = None,
+    ) -> None:
+        if not _is_pid(pid):
+            raise UsageWrong(f"exec {pid}: not a process id", hint="hpcctr ps lists yours; hpcctr exec PID -- CMD")
+        if not command:
+            raise NoCommand(f"exec {pid}: no command to run", hint=f"hpcctr exec {pid} -- CMD")
+        self.pid = int(pid)
+        self.command = tuple(command)
+        self.env = env
+        self.clean_env = clean_env
+        self.workdir = workdir
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> ExecWords:
+        """The words after ``exec``, read as :meth:`RunWords.parse` reads its own, by :data:`EXEC_OPTIONS`."""
+        options, pid, command = _split(arguments, EXEC_OPTIONS)
+        return cls(pid, command, **options)  # type: ignore[arg-type]  # by name, each of its option's type
+
+
+def _split(arguments: Sequence[str], known: Sequence[Option]) -> tuple[dict[str, object], str, list[bytes]]:
+    """(values of options by name, the first word that is none, the words behind it and an optional ``--``)."""
+    by_flag = {flag: option for option in known for flag in option.flags}
+    options: dict[str, object] = {}
+    rest = list(arguments)
+    while rest and rest[0].startswith("-"):
+        word = rest.pop(0)
+        flag, sign, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        option = by_flag.get(flag)
+        if option is None or (sign and not option.metavar):
+            raise NeedsFullParser(word)
+        if not option.metavar:
+            options[option.name] = True
+            continue
+        if not sign:
+            if not rest:
                 raise NeedsFullParser(word)
-            if not option.metavar:
-                options[option.name] = True
-                continue
-            if not sign:
-                if not rest:
-                    raise NeedsFullParser(word)
-                value = rest.pop(0)
-            if option.repeated:
-                earlier = options.get(option.name, ())
-                assert isinstance(earlier, tuple)  # noqa: S101
-                options[option.name] = (*earlier, os.fsencode(value))
-            else:
-                options[option.name] = os.fsencode(value) if option.name in ("workdir", "entrypoint") else value
-        if not rest:
-            raise NeedsFullParser("no image")
-        image = rest.pop(0)
-        if rest and rest[0] == "--":
-            rest.pop(0)
-        return cls(image, [os.fsencode(word) for word in rest], **options)
+            value = rest.pop(0)
+        if option.repeated:
+            earlier = options.get(option.name, ())
+            assert isinstance(earlier, tuple)  # noqa: S101
+            options[option.name] = (*earlier, os.fsencode(value))
+        else:
+            options[option.name] = os.fsencode(value) if option.name in ("workdir", "entrypoint") else value
+    if not rest:
+        raise NeedsFullParser("nothing but options")
+    first = rest.pop(0)
+    if rest and rest[0] == "--":
+        rest.pop(0)
+    return options, first, [os.fsencode(word) for word in rest]
 
 
 class Target:
@@ -192,12 +234,17 @@ class Target:
 
 def target_problem(path: bytes) -> str:
     """Why nothing can be mounted on ``path`` whatever the image; empty when something can."""
-    if not path.startswith(b"/") or len(path) >= _PATH_MAX:
+    if not path.startswith(b"/"):
         return "is not an absolute path"
+    if len(path) >= PATH_MAX:
+        return f"is longer than {PATH_MAX - 1} bytes"
     if path == b"/":
         return "is the root of the container"
-    if any(part in (b"", b".", b"..") or len(part) > 255 for part in path[1:].split(b"/")):
+    parts = path[1:].split(b"/")
+    if any(part in (b"", b".", b"..") for part in parts):
         return "is not a plain path"
+    if any(len(part) > 255 for part in parts):
+        return "has a name of more than 255 bytes in it"
     for place in FORBIDDEN_TARGETS:
         if path == place or path.startswith(place + b"/"):
             return f"is at or below {place.decode()}, which is the node's own"
@@ -260,3 +307,40 @@ class LaunchRequest:
             targets=sorted(targets, key=lambda target: target.path.split(b"/")),
             explain=explain == b"yes",
         )
+
+
+def _is_pid(text: str) -> bool:
+    """Whether ``text`` is a process id in plain decimal digits: no sign, no blank, no leading zero."""
+    return text.isascii() and text.isdigit() and text[0] != "0" and len(text) <= 7 and int(text) < _PID_END
+
+
+class ExecRequest:
+    """What crosses the socket to go where a running process is: its pid, and the name its image is known by.
+
+    Both are claims: the kernel tells the engine whose process that is and which image it runs in. The name only says
+    which of the image's names policy is asked about.
+    """
+
+    __slots__ = ("image", "pid")
+    KEYS = frozenset({"pid", "image"})
+    VERB = "exec"
+
+    def __init__(self, *, pid: int, image: str = "") -> None:
+        self.pid = pid
+        self.image = image
+
+    def frame(self) -> Frame:
+        """The request as a frame."""
+        fields = [("pid", b"%d" % self.pid)]
+        if self.image:
+            fields.append(("image", os.fsencode(self.image)))
+        return Frame(self.VERB, fields)
+
+    @classmethod
+    def of_frame(cls, untrusted: Frame) -> ExecRequest:
+        """The request in a frame. Raises :class:`ProtocolBroken` unless every field is well formed."""
+        untrusted.require_keys(cls.KEYS)
+        pid = untrusted.text("pid")
+        if not _is_pid(pid):
+            raise ProtocolBroken("the pid to go to is not a process id")
+        return cls(pid=int(pid), image=untrusted.text("image", ""))

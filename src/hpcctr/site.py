@@ -61,6 +61,11 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     registry: dict[str, RegistrySettings] = {}
     limits: LimitSettings = LimitSettings()
 
+    @property
+    def front(self) -> str:
+        """The program that the command hpcctr starts with; it lies beside enter."""
+        return os.path.join(os.path.dirname(self.enter), "front")
+
     @classmethod
     def of_this_process(cls) -> Site:
         """The site of a command line: HPCCTR_SITE names another file, for tests and for trying a site out.

@@ -109,3 +109,9 @@ def debian12_mpi_image() -> str:
 def debian13_mpi_image() -> str:
     """Name of a real image of Debian 13 with Open MPI 5 and a newer MPICH, as `oci-archive:FILE`."""
     return images.debian_mpi("trixie")
+
+
+@pytest.fixture(scope="session")
+def debian_tools_image() -> str:
+    """Name of a real image of Debian with vim, less, gdb, strace and python3, as `oci-archive:FILE`."""
+    return images.debian_tools()

@@ -90,6 +90,13 @@ def debian_mpi(suite: Suite) -> str:
     return f"oci-archive:{archive}:latest"
 
 
+def debian_tools() -> str:
+    """`oci-archive:FILE:latest`, a Debian with vim, less, gdb, strace and python3."""
+    recipe = TESTS / "images/debian-tools"
+    archive = _built("images", "debian-tools", _digest(recipe), lambda output: [recipe / "build", output])
+    return f"oci-archive:{archive}:latest"
+
+
 def native_programs() -> Path:
     """Directory with the same programs compiled on this host: openmpi/report, mpich/pingpong and so on."""
     programs = TESTS / "programs"

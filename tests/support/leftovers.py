@@ -17,7 +17,7 @@ from tests.support.containerd import Containerd
 from tests.support.host import Host
 from tests.support.mountinfo import read_mountinfo
 from tests.support.polling import wait_until
-from tests.support.processes import processes
+from tests.support.processes import Process, processes
 
 
 def _cgroups(containers: Iterable[str]) -> Iterator[str]:
@@ -44,25 +44,6 @@ def _loops(below: Iterable[Path]) -> Iterator[str]:
             yield f"loop device {device.name} of {backing}"
 
 
-def _holders(device: str) -> tuple[str, ...]:
-    """Processes in whose mount namespace a loop device is mounted: for the message, who else would be blamed."""
-    found = []
-    for process in processes():
-        try:
-            mounts = read_mountinfo(Path(f"/proc/{process.pid}/mountinfo"))
-        except OSError:
-            continue
-        if any(mount.source == f"/dev/{device}" for mount in mounts):
-            found.append(str(process))
-    return tuple(found)
-
-
-def _explained(thing: str) -> str:
-    if not thing.startswith("loop device "):
-        return thing
-    return f"{thing}, mounted for {', '.join(_holders(thing.split()[2])) or 'no process'}"
-
-
 def _files(host: Host) -> Iterator[str]:
     """Everything below /run/hpcctr, and every FIFO below /run."""
     run = host.path("/run")
@@ -77,6 +58,26 @@ def _files(host: Host) -> Iterator[str]:
                 yield f"fifo {inside / name}"
             elif inside.is_relative_to("/run/hpcctr"):
                 yield f"file {inside / name}"
+
+
+def _holds(process: Process, device: str) -> bool:
+    """Whether a process sees the loop device mounted, or holds a mount namespace open that may."""
+    place = Path(f"/proc/{process.pid}")
+    try:
+        if any(mount.source == f"/dev/{device}" for mount in read_mountinfo(place / "mountinfo")):
+            return True
+        return any(os.readlink(descriptor).startswith("mnt:[") for descriptor in (place / "fd").iterdir())
+    except OSError:
+        # It has ended meanwhile.
+        return False
+
+
+def _explained(thing: str) -> str:
+    """For the message: whom to ask about a loop device that stays."""
+    if not thing.startswith("loop device "):
+        return thing
+    holders = [str(process) for process in processes() if _holds(process, thing.split()[2])]
+    return f"{thing}; mounted for, or its namespace perhaps held by: {', '.join(holders) or 'no process'}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcctr.errors import ProtocolBroken, UsageWrong
-from hpcctr.request import TARGETS_MAX, LaunchRequest, NeedsFullParser, RunWords, Target, target_problem
+from hpcctr.errors import NoCommand, ProtocolBroken, UsageWrong
+from hpcctr.request import (
+    TARGETS_MAX,
+    ExecRequest,
+    ExecWords,
+    LaunchRequest,
+    NeedsFullParser,
+    RunWords,
+    Target,
+    target_problem,
+)
 from hpcctr.wire import Frame
 
 PARTS = st.binary(min_size=1, max_size=12).filter(
@@ -115,3 +124,41 @@ def test_anything_unusual_is_left_to_the_full_command(line: list[str]) -> None:
 def test_a_wrong_choice_is_named() -> None:
     with pytest.raises(UsageWrong, match="--pull sometimes"):
         RunWords.parse(["--pull", "sometimes", "img"])
+
+
+def test_an_exec_request_comes_out_as_it_went_in() -> None:
+    for sent in (ExecRequest(pid=1), ExecRequest(pid=4194304, image="docker.io/library/debian:12")):
+        got = ExecRequest.of_frame(Frame.unpack(sent.frame().pack()))
+        assert (got.pid, got.image) == (sent.pid, sent.image)
+    assert sorted(ExecRequest.KEYS) == ["image", "pid"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        [("pid", b"1"), ("pid", b"2")],
+        [("pid", b"1"), ("image", b"a"), ("image", b"b")],
+        [("pid", b"1"), ("uid", b"0")],
+        *(
+            [("pid", pid)]
+            for pid in (b"", b"0", b"01", b"-1", b"+1", b" 1", b"4194305", b"9" * 40, b"\xd9\xa1", b"self")
+        ),
+        [("pid", b"1"), ("image", b"\xff")],
+    ],
+)
+def test_a_malformed_exec_request_is_refused(fields: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(ProtocolBroken):
+        ExecRequest.of_frame(Frame("exec", fields))
+
+
+def test_options_of_exec_end_at_the_pid() -> None:
+    words = ExecWords.parse(["-e", "A=1", "--clean-env", "-w", "/x", "42", "--", "prog", "-e", "--"])
+    assert (words.pid, words.env, words.clean_env, words.workdir) == (42, (b"A=1",), True, b"/x")
+    assert words.command == (b"prog", b"-e", b"--")
+    assert ExecWords.parse(["42", "prog"]).command == (b"prog",)
+    with pytest.raises(NoCommand):
+        ExecWords.parse(["42", "--"])
+    for line in (["-v", "/a", "42", "x"], ["--help"], []):
+        with pytest.raises(NeedsFullParser):
+            ExecWords.parse(line)

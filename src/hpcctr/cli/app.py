@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import hpcctr
-from hpcctr.cli import doctor_cmd, engine_cmd, images_cmd, ps_cmd, run_cmd
+from hpcctr.cli import doctor_cmd, engine_cmd, exec_cmd, images_cmd, ps_cmd, run_cmd
 from hpcctr.errors import HpcctrError
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ def _main(
 
 
 app.command("run", context_settings={"allow_interspersed_args": False})(run_cmd.command())
+app.command("exec", context_settings={"allow_interspersed_args": False})(exec_cmd.command())
 app.command("pull")(images_cmd.pull)
 app.command("images")(images_cmd.images)
 app.command("inspect")(images_cmd.inspect)

@@ -9,6 +9,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Annotated
 
 import typer
 
+from hpcctr.cli import launcher
 from hpcctr.cli.table import Format
-from hpcctr.enter.install import enter_problem
+from hpcctr.enter.install import enter_problem, front_problem
 from hpcctr.errors import HpcctrError
 from hpcctr.image.store import Store
 from hpcctr.policy.load import load
@@ -82,6 +84,21 @@ def _enter(site: Site) -> Iterator[Finding]:
         )
     else:
         yield Finding(thing="enter", is_good=True, what=f"{site.enter}: root's, with its capabilities")
+
+
+def _launcher(site: Site) -> Iterator[Finding]:
+    """How the command starts: without front it cannot know which signals its caller ignored."""
+    script = Path(sys.argv[0]).absolute()
+    if script.name != "hpcctr":
+        script = Path(sys.executable).with_name("hpcctr")
+    if found := front_problem(Path(site.front)):
+        what, remedy = f"{site.front}: {found[0]}", found[1]
+    elif wrong := launcher.problem(script, front=site.front, python=sys.executable):
+        what, remedy = f"{script}: {wrong}", "hpcctr engine install"
+    else:
+        yield Finding(thing="launcher", is_good=True, what=f"{script}: starts through {site.front}")
+        return
+    yield Finding(thing="launcher", is_good=False, what=what, remedy=remedy)
 
 
 def _engine(_: Site) -> Iterator[Finding]:
@@ -169,5 +186,5 @@ def _caller(_: Site) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Site], Iterator[Finding]], ...] = (
-    _kernel, _enter, _engine, _containerd, _converter, _store, _policy, _caller,
+    _kernel, _enter, _launcher, _engine, _containerd, _converter, _store, _policy, _caller,
 )  # fmt: skip

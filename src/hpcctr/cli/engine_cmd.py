@@ -45,33 +45,34 @@ def check(
 
 @app.command()
 def install(site: SiteFile = None) -> None:
-    """Install enter with its capabilities, and a faster start of the hpcctr command. Root; may be repeated."""
+    """Install enter with its capabilities, and front, with which the hpcctr command starts. Root; may be repeated."""
+    import hpcctr.client
     import hpcctr.enter
-    from hpcctr.enter.install import install_enter
+    from hpcctr.cli import launcher
+    from hpcctr.enter.install import install_enter, install_front
 
     if os.getuid() != 0:
         raise EnterUnusable("only root can install enter", hint="sudo hpcctr engine install")
-    target = Path(Site.load(site, root_owned=True).enter)
-    built = Path(hpcctr.enter.__file__).with_name("enter")
-    if not built.exists():
-        raise EnterUnusable(f"{built} has not been built", hint="pip install hpcctr, with a C compiler on this machine")
+    settings = Site.load(site, root_owned=True)
+    target, front = Path(settings.enter), Path(settings.front)
+    built = _built(hpcctr.enter.__file__, "enter")
+    built_front = _built(hpcctr.client.__file__, "front")
     os.umask(0o022)
     target.parent.mkdir(parents=True, exist_ok=True)
     install_enter(built, target)
     typer.echo(f"{target}: installed, root:root 0711, cap_sys_admin,cap_sys_chroot=p")
-    launcher = Path(sys.argv[0]).resolve()
-    if launcher.name == "hpcctr" and launcher.is_file():
-        _write_launcher(launcher)
-        typer.echo(f"{launcher}: starts isolated and without site")
+    install_front(built_front, front)
+    typer.echo(f"{front}: installed, root:root 0755")
+    script = Path(sys.argv[0]).resolve()
+    if script.name == "hpcctr" and script.is_file():
+        launcher.write(script, front=str(front), python=sys.executable, packages=Path(__file__).parents[2])
+        typer.echo(f"{script}: starts through front, isolated and without site")
 
 
-def _write_launcher(path: Path) -> None:
-    """Replace pip's start script, which imports re and lets PYTHONPATH decide what is imported."""
-    place = str(Path(__file__).parents[2])
-    text = (
-        f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {place!r})\nfrom hpcctr.__main__ import main\nmain()\n"
-    )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.chmod(0o755)
-    temporary.replace(path)
+def _built(package: str, name: str) -> Path:
+    program = Path(package).with_name(name)
+    if not program.exists():
+        raise EnterUnusable(
+            f"{program} has not been built", hint="pip install hpcctr, with a C compiler on this machine"
+        )
+    return program

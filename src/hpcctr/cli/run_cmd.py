@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -31,7 +31,8 @@ cannot be executed with 126, a program that is not found with 127; anything else
 """
 
 
-def _parameter(option: Option) -> inspect.Parameter:
+def parameter(option: Option) -> inspect.Parameter:
+    """An option as typer wants it: a parameter of a function's signature."""
     annotation: Any
     default: Any
     if not option.metavar:
@@ -66,7 +67,7 @@ def command() -> Callable[..., None]:
             annotation=list[str] | None,
         ),
     ]
-    parameters = [*positional, *map(_parameter, RUN_OPTIONS)]
+    parameters = [*positional, *map(parameter, RUN_OPTIONS)]
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run_command.__doc__ = HELP
@@ -75,12 +76,21 @@ def command() -> Callable[..., None]:
 
 def words_of(values: dict[str, Any]) -> RunWords:
     """The words typer has parsed, as the short lane would have read them."""
-    image = values.pop("image")
-    command = list(values.pop("command") or ())
+    return RunWords(values["image"], command_of(values), **options_of(values, RUN_OPTIONS))
+
+
+def command_of(values: dict[str, Any]) -> list[bytes]:
+    """CMD and its arguments, without the ``--`` before them."""
+    command = list(values["command"] or ())
     if command[:1] == ["--"]:
         command.pop(0)
-    options: dict[str, object] = {}
-    for option in RUN_OPTIONS:
+    return [os.fsencode(word) for word in command]
+
+
+def options_of(values: dict[str, Any], known: Sequence[Option]) -> dict[str, Any]:
+    """The options that were given, with values as the short lane would have read them."""
+    options: dict[str, Any] = {}
+    for option in known:
         value = values[option.name]
         if value is None or value is False:
             continue
@@ -88,7 +98,7 @@ def words_of(values: dict[str, Any]) -> RunWords:
             options[option.name] = tuple(map(os.fsencode, value))
         else:
             options[option.name] = os.fsencode(value) if option.name in ("workdir", "entrypoint") else value
-    return RunWords(image, [os.fsencode(word) for word in command], **options)
+    return options
 
 
 def launch(words: RunWords) -> int:

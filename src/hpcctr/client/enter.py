@@ -5,6 +5,7 @@ from __future__ import annotations
 # The C half of signal, whose Python half imports enum.
 import _signal  # type: ignore[import-not-found]
 import os
+import sys
 
 from hpcctr.errors import EnterUnusable, NoCommand
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 _PLAN_FORMAT = b"1"
 _CANDIDATES_MAX = 256
-_PR_GET_PDEATHSIG = 2
+#: Key of the -X option by which front (client/front.c) tells what this process was before Python started.
+_FRONT_OPTION = "hpcctr-caller"
+_SIGPIPE_IGNORED = 1
+_SIGXFSZ_IGNORED = 2
+_LAST_SIGNAL = 64
 
 
 def candidates(command: bytes, path: bytes) -> list[bytes]:
@@ -42,7 +47,8 @@ def plan(
 ) -> list[bytes]:
     """enter's argv."""
     tries = candidates(command[0], path)
-    words = [b"hpcctr-enter", _PLAN_FORMAT, b"%d" % descriptor, b"%d" % _personality(), b"%d" % _parent_death_signal()]
+    _, pdeathsig = told_by_front()
+    words = [b"hpcctr-enter", _PLAN_FORMAT, b"%d" % descriptor, b"%d" % _personality(), b"%d" % pdeathsig]
     words.append(b"%d" % (len(kernel_trees) + len(mounts)))
     for tree in kernel_trees:
         words += [tree + b"/.", tree, b"rw"]
@@ -51,17 +57,21 @@ def plan(
     return [*words, directory, b"%d" % len(tries), *tries, *command]
 
 
-def become(program: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> NoReturn:
-    """execve enter. Raises :class:`EnterUnusable` when that fails.
+def become(program: bytes, argv: list[bytes], environment: dict[bytes, bytes] | None = None) -> NoReturn:
+    """execve enter, with ``environment`` or this process's. Raises :class:`EnterUnusable` when that fails.
 
-    Python ignores SIGPIPE and SIGXFSZ at its start; an ignored signal stays ignored over execve, so both are put back.
+    Python ignores SIGPIPE and SIGXFSZ at its start; an ignored signal stays ignored over execve, so the caller's
+    dispositions are put back.
     """
-    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
-        _signal.signal(number, _signal.SIG_DFL)
+    ignored, _ = told_by_front()
+    for number, bit in ((_signal.SIGPIPE, _SIGPIPE_IGNORED), (_signal.SIGXFSZ, _SIGXFSZ_IGNORED)):
+        _signal.signal(number, _signal.SIG_IGN if ignored & bit else _signal.SIG_DFL)
     try:
-        os.execve(  # noqa: S606 - becoming enter is the point
-            program, argv, environment
-        )
+        # Becoming enter is the point.
+        if environment is None:
+            os.execv(program, argv)  # noqa: S606
+        else:
+            os.execve(program, argv, environment)  # noqa: S606
     except OSError as error:
         raise EnterUnusable(
             f"{os.fsdecode(program)}: {error.strerror}", hint="an administrator runs: hpcctr engine install"
@@ -77,19 +87,14 @@ def _personality() -> int:
         return 0
 
 
-def _parent_death_signal() -> int:
-    """This process's PR_GET_PDEATHSIG, which the kernel clears when a program with capabilities starts; 0 when none is
-    set.
+def told_by_front() -> tuple[int, int]:
+    """(which of SIGPIPE and SIGXFSZ the caller ignored, the parent death signal), as front found them.
 
-    ``_ctypes`` is the only part of the standard library that reaches prctl(2).
+    Python knows neither, and the kernel clears the parent death signal when a program with capabilities starts. Without
+    front, behind pip's own start script: none ignored, none set.
     """
-    try:
-        import _ctypes
-
-        prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")  # type: ignore[arg-type]  # None: this very process
-        value = bytes(bytearray(4))
-        _ctypes.call_function(prctl, (_PR_GET_PDEATHSIG, value))
-    except (ImportError, OSError):
-        return 0
-    number = int.from_bytes(value, "little")
-    return number if 0 <= number <= 64 else 0
+    told = sys._xoptions.get(_FRONT_OPTION, "")
+    ignored, _, pdeathsig = told.partition(":") if isinstance(told, str) else ("", "", "")
+    if not (ignored.isascii() and ignored.isdigit() and pdeathsig.isascii() and pdeathsig.isdigit()):
+        return 0, 0
+    return int(ignored), int(pdeathsig) if int(pdeathsig) <= _LAST_SIGNAL else 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hpcctr.client import carry, connect, enter, environment
+from hpcctr.client import carry, connect, enter, environment, preflight
 from hpcctr.errors import NoCommand
 from hpcctr.request import LaunchRequest, RunWords
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
+    from collections.abc import Sequence
     from typing import NoReturn
 
     from hpcctr.wire import Frame
@@ -27,19 +28,17 @@ class Launch:
     def __init__(self, words: RunWords, granted: Frame) -> None:
         caller = environment.of_this_process()
         self.granted = granted
-        self.variables, self.dropped = environment.build(
+        self.baggage = _baggage(words, caller, granted.every("carry"))
+        self.variables, self.dropped = variables_for(
+            granted,
             caller,
-            image=granted.every("env"),
-            host=granted.every("host-env"),
-            extra_globs=granted.every("host-glob"),
             clean=words.clean_env,
             requested=words.env,
+            shown=(*carry.KERNEL_TREES, *(mount.target for mount in self.baggage.mounts)),
+            directory=self.baggage.directory,
         )
-        for name, field in ((IMAGE_VARIABLE, "name"), (DIGEST_VARIABLE, "digest")):
-            if name not in self.variables or self.variables[name].origin != "-e":
-                self.variables[name] = environment.Variable(granted.one(field), "hpcctr")
-        self.baggage = _baggage(words, caller, granted.every("carry"))
         self.command = _command(words, granted)
+        preflight.require_launcher_outside(self.command, self.variables, image=granted.text("name"))
 
 
 def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
@@ -48,9 +47,10 @@ def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
 
     Raises any :class:`hpcctr.errors.HpcctrError` before that.
     """
+    preflight.require_outside()
     sock = sock or connect.connect()
     launch = prepare(words, sock)
-    descriptor = _inheritable(sock)
+    descriptor = inheritable(sock)
     argv = enter.plan(
         descriptor,
         launch.baggage.mounts,
@@ -60,7 +60,11 @@ def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
         kernel_trees=carry.KERNEL_TREES,
     )
     program = launch.granted.one("enter")
-    enter.become(program, argv, {name: variable.value for name, variable in launch.variables.items()})
+    variables = {name: variable.value for name, variable in launch.variables.items()}
+    if words.clean_env:
+        enter.become(program, argv, variables)
+    environment.set_in_this_process(variables)
+    enter.become(program, argv)
 
 
 def prepare(words: RunWords, sock: _socket.socket) -> Launch:
@@ -70,6 +74,38 @@ def prepare(words: RunWords, sock: _socket.socket) -> Launch:
         image=words.image, targets=baggage.targets(), platform=words.platform, explain=words.explain
     )
     return Launch(words, connect.ask(sock, request.frame()))
+
+
+def variables_for(
+    granted: Frame,
+    caller: dict[bytes, bytes],
+    *,
+    clean: bool,
+    requested: Sequence[bytes],
+    root: bytes = b"",
+    shown: Sequence[bytes] | None = None,
+    directory: bytes | None = None,
+) -> tuple[dict[bytes, environment.Variable], dict[bytes, str]]:
+    """(the command's variables, dropped ones with the reason); ``root``, ``shown`` and ``directory`` are those of
+    :func:`hpcctr.client.environment.build`.
+
+    Raises :class:`UsageWrong`.
+    """
+    variables, dropped = environment.build(
+        caller,
+        image=granted.every("env"),
+        host=granted.every("host-env"),
+        extra_globs=granted.every("host-glob"),
+        clean=clean,
+        requested=requested,
+        root=root,
+        shown=shown,
+        directory=directory,
+    )
+    for name, field in ((IMAGE_VARIABLE, "name"), (DIGEST_VARIABLE, "digest")):
+        if name not in variables or variables[name].origin != "-e":
+            variables[name] = environment.Variable(granted.one(field), "hpcctr")
+    return variables, dropped
 
 
 def _baggage(
@@ -92,7 +128,7 @@ def _command(words: RunWords, granted: Frame) -> list[bytes]:
     return command
 
 
-def _inheritable(sock: _socket.socket) -> int:
+def inheritable(sock: _socket.socket) -> int:
     """A descriptor of the socket above 2 that enter inherits: 0 to 2 may be closed and belong to the command."""
     import fcntl
 

@@ -10,10 +10,19 @@ import os
 import re
 from collections.abc import Collection
 
-from hpcctr.containerd.client import ContainerEntry, TaskState
+from hpcctr.containerd.client import Containerd, ContainerEntry, TaskState
 from hpcctr.engine.members import members_in_proc
-from hpcctr.engine.node import LABEL_DIGEST, LABEL_KEY, LABEL_OWNER, LABEL_UID, NodeBuilder, NodeContainer
+from hpcctr.engine.node import (
+    LABEL_DIGEST,
+    LABEL_KEY,
+    LABEL_OWNER,
+    LABEL_UID,
+    NodeBuilder,
+    NodeContainer,
+    upper_below,
+)
 from hpcctr.engine.state import StateDirectory, dead_siblings, unmount_all
+from hpcctr.engine.view import Place
 from hpcctr.errors import ContainerdFailed, DeadlinePassed, HpcctrError
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
@@ -97,6 +106,21 @@ def clear_after_direct_engines(builder: NodeBuilder, state: StateDirectory) -> N
         owner = entry.labels[LABEL_OWNER]
         if owner != builder.owner and state.is_gone(owner):
             _is_taken_down(builder, entry)
+
+
+def places_of_direct_engines(containerd: Containerd, state: StateDirectory) -> dict[str, Place]:
+    """Root's containers, by their upper layers: each launch of root's has an engine beside ``state``."""
+    places = {}
+    for entry in containerd.list_containers(label=LABEL_UID, value="0"):
+        directory = state.sibling(entry.labels.get(LABEL_OWNER, ""))
+        if directory is not None and _is_plausible(entry):
+            places[upper_below(directory, entry.container_id)] = Place(
+                container_id=entry.container_id,
+                key=entry.labels[LABEL_KEY],
+                uid=0,
+                image_digest=entry.labels.get(LABEL_DIGEST, ""),
+            )
+    return places
 
 
 def _is_taken_down(builder: NodeBuilder, entry: ContainerEntry) -> bool:

@@ -126,7 +126,7 @@ class NodeBuilder:
 
     def upper(self, container_id: str) -> str:
         """The upper layer's directory, as the kernel's mount table shows it too."""
-        return os.path.join(self.directory, container_id, "upper")
+        return upper_below(self.directory, container_id)
 
     def image_mount_of(self, container_id: str) -> str:
         """The name of the image mount an earlier engine built the container on. Raises OSError."""
@@ -233,6 +233,11 @@ class NodeBuilder:
         # The first error is the one to tell; what stays behind now is found by its label later.
         with contextlib.suppress(HpcctrError):
             self.take_down_in_containerd(container_id)
+
+
+def upper_below(directory: str, container_id: str) -> str:
+    """The upper layer of a container below an engine's ``<state>/containers``."""
+    return os.path.join(directory, container_id, "upper")
 
 
 @contextlib.contextmanager

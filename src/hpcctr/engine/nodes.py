@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 
 from hpcctr.containerd.client import Containerd
 from hpcctr.context import Caller
-from hpcctr.engine.adopt import clear_after_direct_engines, survivors
+from hpcctr.engine.adopt import clear_after_direct_engines, places_of_direct_engines, survivors
 from hpcctr.engine.imagemount import ImageMounts
-from hpcctr.engine.members import Members
+from hpcctr.engine.members import Members, members_in_proc
 from hpcctr.engine.node import LABEL_OWNER, NodeBuilder, NodeContainer
 from hpcctr.engine.state import StateDirectory
+from hpcctr.engine.view import Place, View
 from hpcctr.errors import DeadlinePassed, EngineBusy, EngineUnreachable, HpcctrError
 from hpcctr.policy.grant import Grant
 from hpcctr.site import Site
@@ -39,12 +40,21 @@ _RETRY_SECONDS = 30.0
 class _Slot:
     """The place of one key: being built, then the container. Everything but ``ready`` is under the engine's lock."""
 
+    key: str
     uid: int
     container_id: str
     ready: Future[NodeContainer] = field(default_factory=Future)
     container: NodeContainer | None = None
     #: time.monotonic() since when it has had no member; None while it has one.
     idle_since: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Leaving:
+    """The names of a container on its way out."""
+
+    container_id: str
+    image_mount: str
 
 
 class NodeContainers:
@@ -112,21 +122,40 @@ class NodeContainers:
                     slot.idle_since = time.monotonic()
                 return slot.container
             is_builder = slot is None
+            evicted = None
             if slot is None:
                 evicted = self._make_room(grant.caller.uid)
-                slot = _Slot(uid=grant.caller.uid, container_id=f"{key}-{secrets.token_hex(4)}")
+                slot = _Slot(key=key, uid=grant.caller.uid, container_id=f"{key}-{secrets.token_hex(4)}")
                 self._slots[key] = slot
+            ready = slot.ready
         if not is_builder:
-            return _result_of_another(slot.ready)
+            return _result_of_another(ready)
         if evicted is not None:
             self._remove(evicted)
         return self._build(grant, slot, open_image)
 
-    def join(self, container: NodeContainer, caller: Caller) -> None:
+    def view(self, pid: int, caller: Caller) -> View:
+        """What process ``pid`` sees, if it is a program of ``caller``'s in one of these containers.
+
+        Root's containers are each of an engine of their own: for root, all of those count. Raises
+        :class:`ProcessOutOfReach`, and what :meth:`adopt` raises.
+        """
+        if caller.uid == 0:
+            return View.of_process(pid, caller, places_of_direct_engines(self._containerd, self._state))
+        self.adopt()
+        with self._lock:
+            places = {
+                self._builder.upper(slot.container_id): Place.of_container(slot.container)
+                for slot in self._slots.values()
+                if slot.container is not None
+            }
+        return View.of_process(pid, caller, places)
+
+    def join(self, container: NodeContainer | Place, caller: Caller) -> None:
         """Keep a container while ``caller`` lives. The caller's pidfd stays the caller's."""
         with self._lock:
             slot = self._slots.get(container.key)
-            if slot is None or slot.container is not container or self._is_closing:
+            if slot is None or slot.container_id != container.container_id or self._is_closing:
                 # Removed between get and join: who is inside keeps what it sees, and nothing else is left to keep.
                 return
             try:
@@ -148,17 +177,15 @@ class NodeContainers:
         with self._lock:
             self._is_closing = True
             leaving = [
-                slot
-                for slot in self._slots.values()
+                self._leave(slot)
+                for slot in list(self._slots.values())
                 if slot.container is not None and (remove or slot.idle_since is not None)
             ]
-            for slot in leaving:
-                self._leave(slot)
         if self._watcher is not None:
             self._members.ring()
             self._watcher.join()
-            for slot in leaving:
-                self._remove(slot)
+            for names in leaving:
+                self._remove(names)
         if remove:
             self._state.remove()
         self._members.close()
@@ -184,11 +211,12 @@ class NodeContainers:
         with self._lock:
             slot.container = container
             slot.idle_since = time.monotonic()
-        slot.ready.set_result(container)
+            ready = slot.ready
+        ready.set_result(container)
         self._members.ring()
         return container
 
-    def _make_room(self, uid: int) -> _Slot | None:
+    def _make_room(self, uid: int) -> _Leaving | None:
         """Under the lock: the idle container to remove so that ``uid`` may have one more; None when there is room."""
         limit = self._site.limits.containers_per_uid
         theirs = [slot for slot in self._slots.values() if slot.uid == uid]
@@ -201,8 +229,7 @@ class NodeContainers:
                 hint="use the same image and -v targets in all programs, or raise containers-per-uid in site.toml",
             )
         oldest = min(idle, key=lambda slot: slot.idle_since or 0.0)
-        self._leave(oldest)
-        return oldest
+        return self._leave(oldest)
 
     # watching and removing
 
@@ -211,33 +238,57 @@ class NodeContainers:
             pass
 
     def _attend(self, lost: set[str]) -> bool:
-        """One round of the watcher; False at the end.
-
-        A function of its own: a variable of the watcher's loop would keep the last removed container, and with it its
-        namespace and the image's loop device, until the next round.
-        """
+        """One round of the watcher; False at the end."""
         now = time.monotonic()
+        with self._lock:
+            for slot in self._slots.values():
+                if slot.container_id in lost and not self._members.pids(slot.container_id):
+                    slot.idle_since = now
+        self._keep_for_children(now)
         expired = []
         with self._lock:
             if self._is_closing:
                 return False
             for slot in list(self._slots.values()):
-                if slot.container_id in lost and not self._members.pids(slot.container_id):
-                    slot.idle_since = now
-                if slot.idle_since is not None and slot.idle_since + self._site.linger_seconds <= now:
-                    self._leave(slot)
-                    expired.append(slot)
+                if self._is_expired(slot, now):
+                    expired.append(self._leave(slot))
             is_retry = self._retry_at is not None and self._retry_at <= now
             if is_retry:
                 self._retry_at = None
-        for slot in expired:
-            self._remove(slot)
+        for leaving in expired:
+            self._remove(leaving)
         if is_retry:
             try:
                 self._sweep()
             except (HpcctrError, OSError):
                 self._retry_later()
         return True
+
+    def _is_expired(self, slot: _Slot, now: float) -> bool:
+        return slot.idle_since is not None and slot.idle_since + self._site.linger_seconds <= now
+
+    def _keep_for_children(self, now: float) -> None:
+        """What is left of a program that came in and ended, a background process, is a member as well: hpcctr exec
+        finds it in its container for as long as it runs.
+
+        /proc is read only when a container would go, so at most once in a linger.
+        """
+        with self._lock:
+            expired = {
+                self._builder.upper(slot.container_id): slot
+                for slot in self._slots.values()
+                if self._is_expired(slot, now)
+            }
+        if not expired:
+            return
+        for upper, pid, pidfd in members_in_proc({upper: slot.uid for upper, slot in expired.items()}):
+            with self._lock:
+                # Joined under the lock, for a slot that leaves takes no member any more.
+                if self._slots.get(expired[upper].key) is expired[upper]:
+                    self._members.add(expired[upper].container_id, pid=pid, pidfd=pidfd)
+                    expired[upper].idle_since = None
+                else:
+                    os.close(pidfd)
 
     def _seconds_to_sleep(self) -> float | None:
         with self._lock:
@@ -250,22 +301,28 @@ class NodeContainers:
                 moments.append(self._retry_at)
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
-    def _leave(self, slot: _Slot) -> None:
-        """Under the lock: nobody finds the container any more."""
-        assert slot.container is not None  # noqa: S101
-        del self._slots[slot.container.key]
-        self._leaving.add(slot.container_id)
+    def _leave(self, slot: _Slot) -> _Leaving:
+        """Under the lock: nobody finds the container any more.
 
-    def _remove(self, slot: _Slot) -> None:
+        What is left of it is names alone. Its namespace, and with it the image's loop device, is closed when the last
+        session that uses it lets go, however long an exception or a frame remembers the slot.
+        """
         assert slot.container is not None  # noqa: S101
+        leaving = _Leaving(container_id=slot.container_id, image_mount=slot.container.image_mount)
+        del self._slots[slot.key]
+        self._leaving.add(slot.container_id)
+        slot.container, slot.ready = None, Future()
+        return leaving
+
+    def _remove(self, leaving: _Leaving) -> None:
         try:
-            self._builder.take_down_in_containerd(slot.container_id)
+            self._builder.take_down_in_containerd(leaving.container_id)
         except HpcctrError:
             self._retry_later()
         # The mounts go whether containerd answers or not: overlay and programs have a hold of their own on them.
         for take_down, name in (
-            (self._builder.take_down_mount, slot.container_id),
-            (self._images.release, slot.container.image_mount),
+            (self._builder.take_down_mount, leaving.container_id),
+            (self._images.release, leaving.image_mount),
         ):
             try:
                 take_down(name)
@@ -273,7 +330,7 @@ class NodeContainers:
                 print(f"hpcctr-engine: {name} cannot be unmounted: {error.strerror}", file=sys.stderr, flush=True)
                 self._retry_later()
         with self._lock:
-            self._leaving.discard(slot.container_id)
+            self._leaving.discard(leaving.container_id)
 
     def _retry_later(self) -> None:
         with self._lock:
@@ -284,7 +341,7 @@ class NodeContainers:
         with self._lock:
             known = {slot.container_id for slot in self._slots.values()}
         for container, members in survivors(self._builder, known=known):
-            slot = _Slot(uid=container.uid, container_id=container.container_id, container=container)
+            slot = _Slot(key=container.key, uid=container.uid, container_id=container.container_id, container=container)
             slot.ready.set_result(container)
             with self._lock:
                 self._slots[container.key] = slot

@@ -1,5 +1,7 @@
 """One launch, seen from the engine: a request in, a grant out, a namespace to enter and to nobody else.
 
+Its verbs, by hand: ``run`` into a node container, ``exec`` to where a running process of the caller's is.
+
 The same code serves the gateway (:mod:`hpcctr.engine.serve`, ordinary users) and a session in root's own command
 (:mod:`hpcctr.cli.direct`). What differs is how the caller is known: :class:`Door`.
 """
@@ -11,16 +13,17 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
-from hpcctr.engine.nodes import NodeContainer, NodeContainers
+from hpcctr.engine.nodes import NodeContainers
 from hpcctr.enter.install import enter_problem
 from hpcctr.errors import CallerRefused, EnterUnusable, HpcctrError, ProtocolBroken
-from hpcctr.launch import build, prepare
+from hpcctr.launch import build, follow, prepare
 from hpcctr.policy.grant import Grant
-from hpcctr.request import LaunchRequest
+from hpcctr.request import ExecRequest, LaunchRequest
 from hpcctr.site import Site
 from hpcctr.wire import FRAME_MAX, Frame
 
@@ -42,30 +45,69 @@ class Door:
     is_gateway: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """A way in that a caller was granted."""
+
+    grant: Grant
+    #: The container's, for the audit line.
+    key: str
+    namespace: int
+    #: What has to be true, and done, at the moment the namespace is handed over. Raises :class:`HpcctrError`.
+    go: Callable[[], None]
+
+
 def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
     """Serve one session to its end. Every :class:`HpcctrError` is answered to the peer; none leaves this function."""
-    try:
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        peer.settimeout(REQUEST_PATIENCE)
-        request = LaunchRequest.of_frame(_receive_request(peer))
-        if door.is_gateway:
-            caller.require_gateway_caller()
-        grant = prepare(request, caller, door.site)
-        enter = _enter_of(door)
-        if request.explain:
-            peer.sendall(_reply(grant, door.site).pack())
-            _audit(door, "explained", caller, grant)
+    with contextlib.ExitStack() as held:
+        try:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            peer.settimeout(REQUEST_PATIENCE)
+            request = _receive_request(peer)
+            if door.is_gateway:
+                caller.require_gateway_caller()
+            if isinstance(request, ExecRequest):
+                way = _way_to_process(door, request, caller, held)
+                enter = _enter_of(door)
+            else:
+                grant = prepare(request, caller, door.site)
+                enter = _enter_of(door)
+                if request.explain:
+                    peer.sendall(_reply(grant, door.site).pack())
+                    _audit(door, "explained", caller, grant, key=grant.key)
+                    return
+                way = _way_to_container(door, grant)
+            peer.sendall(_reply(way.grant, door.site).pack())
+        except HpcctrError as error:
+            refuse(door, peer, caller, error)
             return
-        container = build(grant, door.site, door.nodes)
-        peer.sendall(_reply(grant, door.site).pack())
-    except HpcctrError as error:
-        refuse(door, peer, caller, error)
-        return
-    except OSError:
-        # Gone, or too slow to say what it wants: there is nobody to answer.
-        _audit(door, "left", caller)
-        return
-    _hand_over(door, peer, caller, grant, container, enter)
+        except OSError:
+            # Gone, or too slow to say what it wants: there is nobody to answer.
+            _audit(door, "left", caller)
+            return
+        _hand_over(door, peer, caller, way, enter)
+
+
+def _way_to_container(door: Door, grant: Grant) -> _Way:
+    """``run``: into the node container of the grant, found or built."""
+    container = build(grant, door.site, door.nodes)
+    return _Way(
+        grant=grant,
+        key=container.key,
+        namespace=container.namespace,
+        go=lambda: door.nodes.join(container, grant.caller),
+    )
+
+
+def _way_to_process(door: Door, request: ExecRequest, caller: Caller, held: contextlib.ExitStack) -> _Way:
+    """``exec``: to where a running process of the caller's is; ``held`` keeps hold of that process."""
+    view = held.enter_context(door.nodes.view(request.pid, caller))
+
+    def go() -> None:
+        view.require_unchanged(caller)
+        door.nodes.join(view.place, caller)
+
+    return _Way(grant=follow(request, view, caller, door.site), key=view.place.key, namespace=view.namespace, go=go)
 
 
 def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
@@ -74,9 +116,7 @@ def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) 
     _try_to_send(peer, _error_frame(error).pack())
 
 
-def _hand_over(
-    door: Door, peer: socket.socket, caller: Caller, grant: Grant, container: NodeContainer, enter: os.stat_result
-) -> None:
+def _hand_over(door: Door, peer: socket.socket, caller: Caller, way: _Way, enter: os.stat_result) -> None:
     """Reply 2: the namespace, once the caller has become enter and has asked for it."""
     try:
         peer.settimeout(ENTER_PATIENCE)
@@ -84,18 +124,18 @@ def _hand_over(
         if door.is_gateway:
             caller.require_gateway_caller()
         caller.require_enter(enter, permitted=CAP_SYS_ADMIN | CAP_SYS_CHROOT)
-        door.nodes.join(container, caller)
-        socket.send_fds(peer, [b"\0"], [container.namespace])
-        _audit(door, "granted", caller, grant)
+        way.go()
+        socket.send_fds(peer, [b"\0"], [way.namespace])
+        _audit(door, "granted", caller, way.grant, key=way.key)
     except HpcctrError as error:
-        _audit(door, "refused", caller, grant, error=error)
+        _audit(door, "refused", caller, way.grant, key=way.key, error=error)
         _try_to_send(peer, bytes([error.exit_status]) + os.fsencode(error.for_stderr())[:4000])
     except OSError:
-        _audit(door, "left", caller, grant)
+        _audit(door, "left", caller, way.grant, key=way.key)
 
 
-def _receive_request(peer: socket.socket) -> Frame:
-    """The first packet. Whatever descriptors came with it are closed unseen."""
+def _receive_request(peer: socket.socket) -> LaunchRequest | ExecRequest:
+    """The first packet, parsed. Whatever descriptors came with it are closed unseen."""
     untrusted_packet, descriptors, flags, _ = socket.recv_fds(peer, FRAME_MAX + 1, 8)
     for descriptor in descriptors:
         os.close(descriptor)
@@ -104,11 +144,11 @@ def _receive_request(peer: socket.socket) -> Frame:
     if not untrusted_packet:
         raise ConnectionAbortedError  # somebody looked whether there is an engine
     frame = Frame.unpack(untrusted_packet)
-    if frame.verb != LaunchRequest.VERB:
-        raise ProtocolBroken(
-            f"the engine has no verb {frame.verb}", hint="client and engine must be of the same version"
-        )
-    return frame
+    if frame.verb == LaunchRequest.VERB:
+        return LaunchRequest.of_frame(frame)
+    if frame.verb == ExecRequest.VERB:
+        return ExecRequest.of_frame(frame)
+    raise ProtocolBroken(f"the engine has no verb {frame.verb}", hint="client and engine must be of the same version")
 
 
 def _require_enter_asks(peer: socket.socket, caller: Caller) -> None:
@@ -175,7 +215,13 @@ def _try_to_send(peer: socket.socket, packet: bytes) -> None:
 
 
 def _audit(
-    door: Door, outcome: str, caller: Caller, grant: Grant | None = None, *, error: HpcctrError | None = None
+    door: Door,
+    outcome: str,
+    caller: Caller,
+    grant: Grant | None = None,
+    *,
+    key: str = "",
+    error: HpcctrError | None = None,
 ) -> None:
     """The gateway's line per decision on stderr (the journal). Words that a request could influence are quoted."""
     if not door.is_gateway:
@@ -183,7 +229,7 @@ def _audit(
     words = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}"]
     if grant is not None:
         words.append(
-            f"image={grant.image.name!r} digest={grant.image.record.digest} container={grant.key} rule={grant.rule!r}"
+            f"image={grant.image.name!r} digest={grant.image.record.digest} container={key} rule={grant.rule!r}"
         )
     if error is not None:
         words.append(f"slug={error.slug} reason={error.message!r}")

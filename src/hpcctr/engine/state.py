@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from hpcctr.engine.mounts import read_mounts, unmount
 from hpcctr.errors import EngineBusy, HpcctrError
 
+_CONTAINERS = "containers"
 _DIRECT = re.compile(r"direct-[0-9]{1,10}")
 #: Paths below it become options of mount(2) and labels of containerd.
 _PLAIN = re.compile(r"/[A-Za-z0-9_./-]+")
@@ -33,7 +34,7 @@ class StateDirectory:
             raise HpcctrError(f"state directory {path!r} is not a plain absolute path")
         self.path = path
         self.images = os.path.join(path, "images")
-        self.containers = os.path.join(path, "containers")
+        self.containers = os.path.join(path, _CONTAINERS)
         self._lock: int | None = None
 
     def claim(self) -> None:
@@ -59,6 +60,12 @@ class StateDirectory:
         """Remove the directory and every mount in it, if it is ours."""
         if self._lock is not None:
             unmount_all(self.path)
+
+    def sibling(self, owner: str) -> str | None:
+        """``<state>/containers`` of the direct engine ``owner`` beside this one; None for any other word."""
+        if _DIRECT.fullmatch(owner) is None:
+            return None
+        return os.path.join(os.path.dirname(self.path), owner, _CONTAINERS)
 
     def is_gone(self, owner: str) -> bool:
         """Whether ``owner`` names a direct engine that has no state directory beside this one."""

@@ -1,6 +1,6 @@
-"""Compiles the program `enter`: used by the package build (setup.py) and by tests.
+"""Compiles the programs `enter` and `front`: used by the package build (setup.py) and by tests.
 
-The only need is gcc with the kernel's headers; the program links no library.
+The only need is gcc with the kernel's headers; the programs link no library.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hpcctr.errors import EnterNotBuilt
 
 ENGINE_SOCKET = "/run/hpcctr/engine.sock"
 SOURCES = Path(__file__).parent
+FRONT_SOURCE = SOURCES.parent / "client/front.c"
 LONGEST_SOCKET_PATH = 107
 """Bytes: sun_path of unix(7) without its final zero."""
 
@@ -140,16 +141,25 @@ def _needs_a_loader(program: bytes) -> bool:
 def compile_enter(output: Path, *, cc: str | None = None, socket_path: str = ENGINE_SOCKET) -> None:
     """Compile enter.c to `output`, replacing it by rename; raises EnterNotBuilt with what the compiler said."""
     _require_plain(socket_path)
+    _compile(SOURCES / "enter.c", output, cc, [f'-DHPCCTR_ENGINE_SOCKET="{socket_path}"'])
+
+
+def compile_front(output: Path, *, cc: str | None = None) -> None:
+    """Compile client/front.c to `output`, as :func:`compile_enter` does with enter."""
+    # It stands on enter's headers and uses a part of them.
+    _compile(FRONT_SOURCE, output, cc, ["-Wno-unused-function"])
+
+
+def _compile(source: Path, output: Path, cc: str | None, more_flags: list[str]) -> None:
     compiler = _find_compiler(cc)
     flags = [*_FORM, *_WARNINGS, *_HARDENING, *_LINKING, *_flags_of_machine(compiler)]
     flags += [flag for flag in _HARDENING_IF_KNOWN if _is_known(compiler, flag)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".enter.", dir=output.parent) as directory:
-        built = Path(directory) / "enter"
-        define = f'-DHPCCTR_ENGINE_SOCKET="{socket_path}"'
-        ended = _run([compiler, *flags, define, str(SOURCES / "enter.c"), "-o", str(built)])
+        built = Path(directory) / "program"
+        ended = _run([compiler, *flags, *more_flags, str(source), "-o", str(built)])
         if ended.returncode != 0:
-            raise EnterNotBuilt(f"{compiler} cannot compile enter.c\n{ended.stderr}", hint=_HOW_TO_GET_A_COMPILER)
+            raise EnterNotBuilt(f"{compiler} cannot compile {source.name}\n{ended.stderr}", hint=_HOW_TO_GET_A_COMPILER)
         if _needs_a_loader(built.read_bytes()):
             raise EnterNotBuilt(f"{compiler} made a program that needs a loader", hint="use gcc 11 or newer")
         built.replace(output)

@@ -261,9 +261,38 @@ static uint64_t inode_of(int fd, const char *path)
     return status.stx_ino;
 }
 
+static void make_own_copy(uint64_t engines)
+{
+    long error;
+
+    raise(ADMIN);
+    error = sys1(__NR_unshare, CLONE_NEWNS);
+    lower();
+    if (error < 0)
+        die_of(FAILED, "view", "unshare", error, "sysctl user.max_mnt_namespaces fs.mount-max");
+    if (inode_of(proc_fd, "self/ns/mnt") == engines)
+        die(FAILED, "view", "unshare", "the process has no namespace of its own", ASK_DOCTOR);
+}
+
+/* Private before anything is attached: below a shared mount it would appear in the whole peer group, the host too.
+ * nosuid and nodev again: runc and crun lose them when they remount the root read-only. */
+static void restrict_own_copy(void)
+{
+    long error;
+
+    raise(ADMIN);
+    error = set_attributes(root.tree_fd, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, MS_PRIVATE);
+    lower();
+    if (error < 0)
+        die_of(FAILED, "view", "/", error, ASK_DOCTOR);
+}
+
+/* A plan without mounts is for the view of a running program, which is complete. There nothing is changed, so no copy is
+ * made: debuggers take a process in another namespace for one with other files. */
 static void go_in(int namespace_fd)
 {
     const uint64_t engines = inode_of(namespace_fd, "");
+    const bool is_own = plan.mounts_end > plan.mounts;
     long error;
     long fd;
 
@@ -274,13 +303,8 @@ static void go_in(int namespace_fd)
         die_of(FAILED, "view", "setns", error, ASK_DOCTOR);
     if (inode_of(proc_fd, "self/ns/mnt") != engines)
         die(FAILED, "view", "setns", "the process is not in the namespace of the engine", ASK_DOCTOR);
-    raise(ADMIN);
-    error = sys1(__NR_unshare, CLONE_NEWNS);
-    lower();
-    if (error < 0)
-        die_of(FAILED, "view", "unshare", error, "sysctl user.max_mnt_namespaces fs.mount-max");
-    if (inode_of(proc_fd, "self/ns/mnt") == engines)
-        die(FAILED, "view", "unshare", "the process has no namespace of its own", ASK_DOCTOR);
+    if (is_own)
+        make_own_copy(engines);
     fd = sys4(__NR_openat, AT_FDCWD, POINTER("/"), O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
     if (fd < 0)
         die_of(FAILED, "view", "/", fd, ASK_DOCTOR);
@@ -288,13 +312,8 @@ static void go_in(int namespace_fd)
     root.attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_RDONLY;
     root.tree_fd = (int)fd;
     root.id = mount_id(root.tree_fd, "/");
-    /* Private before anything is attached: below a shared mount it would appear in the whole peer group, the host too.
-     * nosuid and nodev again: runc and crun lose them when they remount the root read-only. */
-    raise(ADMIN);
-    error = set_attributes(root.tree_fd, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, MS_PRIVATE);
-    lower();
-    if (error < 0)
-        die_of(FAILED, "view", "/", error, ASK_DOCTOR);
+    if (is_own)
+        restrict_own_copy();
 }
 
 static int open_target(const char *target)

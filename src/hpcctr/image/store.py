@@ -12,6 +12,7 @@ only the standard library and msgspec."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -131,6 +132,17 @@ class Store:
                 f"{digest} is not in the store {self.path}", hint="hpcctr images; hpcctr pull NAME@DIGEST"
             )
         return image
+
+    def image_known_as(self, digest: str, untrusted_name: str) -> StoredImage:
+        """The image of a whole digest, by a name somebody says it has, if it has it now, else by its digest.
+
+        Raises :class:`ImageNotInStore`, :class:`StoreUnusable`.
+        """
+        with contextlib.suppress(ImageNotInStore, PlatformMissing, ReferenceWrong):
+            image = self.find(untrusted_name)
+            if image.record.digest == digest:
+                return image
+        return self.image(digest)
 
     def is_whole(self, digest: str) -> bool:
         """Whether the image of that digest is there with a file of the size that was published."""

@@ -43,19 +43,59 @@ def test_a_plan_has_the_kernels_trees_first_and_the_command_as_it_was_given() ->
     ]
 
 
-def test_the_parent_death_signal_of_the_process_is_in_the_plan() -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from hpcctr.client.enter import plan; "
-        "print(plan(3, [], b'/', [b'/x'], b'', kernel_trees=())[4].decode())"
-    )
-    source = str(Path(__file__).parents[3] / "src")
+SOURCE = str(Path(__file__).parents[3] / "src")
+
+
+def _with_option(option: str, code: str) -> str:
+    """What `code` prints in a Python that front has started with these -X words."""
     run = subprocess.run(
-        ["setpriv", "--pdeathsig", "USR1", sys.executable, "-c", code, source],
+        [
+            sys.executable,
+            *([f"-X{option}"] if option else []),
+            "-c",
+            f"import sys; sys.path.insert(0, sys.argv[1]); {code}",
+            SOURCE,
+        ],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert run.stdout == "10\n"
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("hpcctr-caller=0:0", (0, 0)),
+        ("hpcctr-caller=3:10", (3, 10)),
+        ("hpcctr-caller=2:64", (2, 64)),
+        # pip's own start script; and words that front does not make
+        ("", (0, 0)),
+        ("hpcctr-caller", (0, 0)),
+        ("hpcctr-caller=", (0, 0)),
+        ("hpcctr-caller=1", (0, 0)),
+        ("hpcctr-caller=1:-9", (0, 0)),
+        ("hpcctr-caller=x:9", (0, 0)),
+        ("hpcctr-caller=1:65", (1, 0)),
+    ],
+)
+def test_what_front_told_is_read_strictly(option: str, told: tuple[int, int]) -> None:
+    assert _with_option(option, "from hpcctr.client.enter import told_by_front; print(told_by_front())") == f"{told}\n"
+
+
+def test_the_parent_death_signal_front_told_of_is_in_the_plan() -> None:
+    code = "from hpcctr.client.enter import plan; print(plan(3, [], b'/', [b'/x'], b'', kernel_trees=())[4].decode())"
+    assert _with_option("hpcctr-caller=0:10", code) == "10\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "ignored"), [("", []), ("hpcctr-caller=1:0", [13]), ("hpcctr-caller=3:0", [13, 25])]
+)
+def test_signals_the_caller_ignored_are_ignored_by_what_is_executed(option: str, ignored: list[int]) -> None:
+    code = "from hpcctr.client.enter import become; become(b'/bin/cat', [b'cat', b'/proc/self/status'])"
+    status = dict(line.split(":", 1) for line in _with_option(option, code).splitlines())
+    mask = int(status["SigIgn"], 16)
+    assert [number for number in (13, 25) if mask & 1 << number - 1] == ignored
 
 
 def test_an_enter_that_cannot_be_executed_is_named() -> None:

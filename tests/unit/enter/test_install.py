@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcctr.enter.install import CAPABILITIES, enter_problem, install_enter
+from hpcctr.enter.install import CAPABILITIES, enter_problem, front_problem, install_enter, install_front
 from hpcctr.errors import EnterUnusable
 from tests.support.scratch import scratch
 
@@ -64,6 +64,18 @@ def test_installing_again_replaces_the_file_and_leaves_nothing_else(installed: P
     assert installed.read_bytes() == b"newer"
     assert installed.stat().st_ino != before
     assert list(installed.parent.iterdir()) == [installed]
+
+
+def test_installing_the_same_again_leaves_the_file_as_it_is(installed: Path, built: Path) -> None:
+    before = installed.stat().st_ino
+    install_enter(built, installed)
+    assert installed.stat().st_ino == before
+    installed.chmod(0o755)
+    install_enter(built, installed)
+    assert enter_problem(installed) is None
+    os.removexattr(installed, XATTR)
+    install_enter(built, installed)
+    assert enter_problem(installed) is None
 
 
 def test_a_link_at_the_target_is_replaced_not_followed(directory: Path, built: Path) -> None:
@@ -211,3 +223,39 @@ def test_the_check_needs_no_privilege(installed: Path) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_an_installed_front_is_roots_and_for_everyone_and_without_capabilities(directory: Path, built: Path) -> None:
+    target = directory / "front"
+    install_front(built, target)
+    status = target.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode) == (0, 0, 0o100755)
+    assert XATTR not in os.listxattr(target)
+    assert front_problem(target) is None
+    inode = status.st_ino
+    install_front(built, target)
+    assert target.stat().st_ino == inode
+    built.write_bytes(b"newer")
+    install_front(built, target)
+    assert target.read_bytes() == b"newer"
+
+
+def test_a_front_that_others_could_replace_or_nobody_can_run_is_noticed(directory: Path, built: Path) -> None:
+    target = directory / "front"
+    assert front_problem(target) == ("it is not there", "hpcctr engine install")
+    install_front(built, target)
+    target.chmod(0o775)
+    found = front_problem(target)
+    assert found is not None and found[0] == "its mode is 0775, not 0755"
+    target.chmod(0o755)
+    directory.chmod(0o777)
+    found = front_problem(target)
+    assert found is not None and "may be written by others" in found[0]
+    directory.chmod(0o755)
+    subprocess.run(["mount", "--bind", directory, directory], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,noexec", directory], check=True)
+    try:
+        found = front_problem(target)
+        assert found is not None and found[0] == "its filesystem is mounted noexec"
+    finally:
+        subprocess.run(["umount", directory], check=True)

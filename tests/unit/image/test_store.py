@@ -61,6 +61,17 @@ def test_a_name_leads_to_its_image(store: Store) -> None:
         assert Path(found.path).read_bytes() == b"hsqs"
 
 
+def test_an_image_is_known_by_a_name_it_has_now_else_by_its_digest(store: Store) -> None:
+    old = put(store, "python:3.12", seed="old")
+    assert store.image_known_as(old.record.digest, "python:3.12").name == "docker.io/library/python:3.12"
+    other = put(store, "python:3.12", seed="new")
+    for claim in ("python:3.12", "no/such:1", "", "..", "\n", "x" * 5000, other.record.digest, "sha256:0"):
+        found = store.image_known_as(old.record.digest, claim)
+        assert (found.record, found.name) == (old.record, old.record.digest)
+    with pytest.raises(ImageNotInStore):
+        store.image_known_as("sha256:" + "0" * 64, "python:3.12")
+
+
 def test_the_layout_is_as_documented(store: Store) -> None:
     image = put(store, "quay.io/org/app:1.0", platform=ARM)
     digest = image.record.digest.replace(":", "-")

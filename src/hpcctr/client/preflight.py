@@ -1,0 +1,76 @@
+"""What is looked at before the caller goes in: launches that could only fail later, and worse.
+
+Part of every launch: two look-ups in small tables and one name in the root directory.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hpcctr.errors import InsideContainer, LauncherInside
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hpcctr.client.environment import Variable
+
+#: The file that every node container has in its root directory, and no host (``spec/process.py``).
+ANCHOR = b"/.hpcctr-anchor"
+#: Set to anything but nothing or 0: start a launcher inside an allocation all the same.
+ALLOW_VARIABLE = b"HPCCTR_ALLOW_NESTED_MPI"
+
+#: MPI launchers by the first part of their file name: ``mpirun.openmpi``, ``mpiexec.hydra``.
+LAUNCHERS = (b"mpirun", b"mpiexec", b"orterun", b"prterun")
+#: Schedulers under which these launchers start processes by a command of the scheduler's, also on their own node.
+#: The variable that tells of an allocation, the scheduler, the command.
+SCHEDULERS = (
+    (b"SLURM_JOB_ID", "Slurm", "srun"),
+    (b"LSB_JOBID", "LSF", "blaunch"),
+    (b"PE_HOSTFILE", "Grid Engine", "qrsh"),
+)
+#: Variables and options by which one says how a launcher starts processes: Open MPI 4, Open MPI 5 (PRRTE), Hydra.
+CHOICES = (
+    b"OMPI_MCA_plm", b"PRTE_MCA_plm", b"HYDRA_LAUNCHER", b"HYDRA_BOOTSTRAP", b"I_MPI_HYDRA_BOOTSTRAP",
+)  # fmt: skip
+CHOOSING_WORDS = (b"plm", b"-launcher", b"--launcher", b"-bootstrap", b"--bootstrap")
+
+
+def require_outside() -> None:
+    """Raise :class:`InsideContainer` in a program that hpcctr started: it has no_new_privs, and enter could not do
+    its work.
+    """
+    if os.path.lexists(ANCHOR):
+        raise InsideContainer(
+            "hpcctr was started inside a container of hpcctr, where nothing can gain the right to enter another: "
+            "no_new_privs is set, and the engine's socket is not here",
+            hint="start both from outside, side by side; for an MPI launcher inside, see docs/mpi.md",
+        )
+
+
+def require_launcher_outside(command: Sequence[bytes], variables: Mapping[bytes, Variable], *, image: str) -> None:
+    """Raise :class:`LauncherInside` when ``command`` is an MPI launcher that will ask for a command of the scheduler's,
+    which is the host's. Who has said how processes are to be started, or that it is meant so, knows.
+
+    ``variables`` are the command's own.
+    """
+    name = command[0].rpartition(b"/")[2]
+    if name.partition(b".")[0] not in LAUNCHERS:
+        return
+    found = next((entry for entry in SCHEDULERS if entry[0] in variables), None)
+    if found is None or any(choice in variables for choice in CHOICES):
+        return
+    if any(word in CHOOSING_WORDS for word in command[1:]) or _is_on(variables.get(ALLOW_VARIABLE)):
+        return
+    shown = os.fsdecode(name)
+    raise LauncherInside(
+        f"{shown} would run inside {image}, in an allocation of {found[1]} ({os.fsdecode(found[0])} is set), and start "
+        f"its processes by {found[2]}, which is the host's",
+        hint=f"put it outside: {shown} … hpcctr run {image} -- PROGRAM, or srun hpcctr run …; on one node: "
+        "hpcctr run -e OMPI_MCA_plm=^slurm -e PRTE_MCA_plm=^slurm -e HYDRA_LAUNCHER=fork IMAGE -- "
+        f"{shown} …; to go on as it is: -e {os.fsdecode(ALLOW_VARIABLE)}=1 (docs/mpi.md)",
+    )
+
+
+def _is_on(variable: Variable | None) -> bool:
+    return variable is not None and variable.value not in (b"", b"0")

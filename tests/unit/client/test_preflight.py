@@ -1,0 +1,75 @@
+"""Launches that are refused before they start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpcctr.client import preflight
+from hpcctr.client.environment import Variable
+from hpcctr.client.preflight import require_launcher_outside, require_outside
+from hpcctr.errors import InsideContainer, LauncherInside
+from hpcctr.spec.process import ANCHOR
+
+SLURM = {b"SLURM_JOB_ID": b"7"}
+
+
+def _require(command: list[bytes], variables: dict[bytes, bytes]) -> None:
+    require_launcher_outside(
+        command, {name: Variable(value, "caller") for name, value in variables.items()}, image="img:1"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [b"mpirun", b"/usr/bin/mpirun.openmpi", b"mpiexec", b"mpiexec.hydra", b"orterun", b"/opt/prterun"]
+)
+def test_a_launcher_in_an_allocation_is_refused(name: bytes) -> None:
+    with pytest.raises(LauncherInside, match="img:1, in an allocation of Slurm") as raised:
+        _require([name, b"-n", b"2", b"prog"], SLURM)
+    assert "put it outside" in raised.value.hint and "on one node" in raised.value.hint
+    _require([name, b"-n", b"2", b"prog"], {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "command"), [(b"SLURM_JOB_ID", "srun"), (b"LSB_JOBID", "blaunch"), (b"PE_HOSTFILE", "qrsh")]
+)
+def test_the_schedulers_command_is_named(variable: bytes, command: str) -> None:
+    with pytest.raises(LauncherInside, match=command):
+        _require([b"mpirun", b"x"], {variable: b"1"})
+
+
+@pytest.mark.parametrize("variable", preflight.CHOICES)
+def test_who_has_chosen_a_way_to_start_processes_by_a_variable_is_not_refused(variable: bytes) -> None:
+    _require([b"mpirun", b"x"], {**SLURM, variable: b"^slurm"})
+
+
+@pytest.mark.parametrize("word", preflight.CHOOSING_WORDS)
+def test_who_has_chosen_a_way_to_start_processes_by_an_option_is_not_refused(word: bytes) -> None:
+    _require([b"mpirun", word, b"fork", b"x"], SLURM)
+
+
+def test_who_means_it_is_not_refused() -> None:
+    _require([b"mpirun", b"x"], {**SLURM, preflight.ALLOW_VARIABLE: b"1"})
+    for off in (b"", b"0"):
+        with pytest.raises(LauncherInside):
+            _require([b"mpirun", b"x"], {**SLURM, preflight.ALLOW_VARIABLE: off})
+
+
+@pytest.mark.parametrize("name", [b"hostname", b"mpirun-wrapper", b"./my-mpirun", b"sh"])
+def test_other_commands_are_nobodys_business(name: bytes) -> None:
+    _require([name, b"mpirun"], SLURM)
+
+
+def test_hpcctr_inside_a_container_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_outside()
+    anchor = tmp_path / "anchor"
+    monkeypatch.setattr(preflight, "ANCHOR", bytes(anchor))
+    require_outside()
+    anchor.touch()
+    with pytest.raises(InsideContainer, match="no_new_privs"):
+        require_outside()
+
+
+def test_the_sign_of_a_container_is_the_file_that_the_engine_puts_there() -> None:
+    assert ANCHOR.encode() == preflight.ANCHOR

@@ -40,7 +40,7 @@ def _take_short_lane(verb: str, arguments: list[str]) -> None:
     except NeedsFullParser:
         return
     except HpcctrError as error:
-        os.write(2, os.fsencode(error.for_stderr()))
+        error.tell()
         raise SystemExit(error.exit_status) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

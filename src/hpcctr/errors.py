@@ -8,10 +8,12 @@ again.
 Exit statuses before the command has become the process: 125 hpcctr failed, 126 refused or not executable, 127 not
 found.
 
-This module imports nothing: it is part of every launch.
+This module imports nothing but os: it is part of every launch.
 """
 
 from __future__ import annotations
+
+import os
 
 FAILED = 125
 REFUSED = 126
@@ -36,6 +38,13 @@ class HpcctrError(Exception):
         """The text a user sees, with the newline: ``hpcctr: error[slug]: message`` and, when there is one, the hint."""
         text = f"hpcctr: error[{self.slug}]: {self.message}\n"
         return text + (f"hint: {self.hint}\n" if self.hint else "")
+
+    def tell(self) -> None:
+        """Write that to descriptor 2. One that is closed or full of trouble changes nothing about the exit status."""
+        try:
+            os.write(2, os.fsencode(self.for_stderr()))
+        except OSError:
+            return
 
 
 class UsageWrong(HpcctrError):

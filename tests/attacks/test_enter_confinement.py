@@ -37,13 +37,6 @@ def test_a_seccomp_filter_against_mounts_ends_the_launch_and_is_named(world: Wor
     assert ended.out == b""
 
 
-@pytest.mark.skipif(fidelity.landlock_version() < 1, reason="a kernel without Landlock")
-def test_a_landlock_domain_for_files_ends_the_launch_and_is_named(world: World) -> None:
-    ended = world.run(world.plan(["id"]), as_root=lambda: odd_caller.landlock(files=True)([]))
-    ended.require_refusal("caller-refused", "/proc", "Landlock domain or a seccomp filter", "forbids mounts")
-    assert ended.out == b""
-
-
 @pytest.mark.skipif(fidelity.landlock_version() < 6, reason="a kernel whose Landlock knows no signals")
 def test_a_landlock_domain_for_signals_confines_the_command_as_well(world: World) -> None:
     outside = os.fork()

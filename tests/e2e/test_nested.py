@@ -102,18 +102,26 @@ def test_the_images_launcher_runs_a_job_on_this_node(
     assert {report.cma for report in found} == {"yes"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("launcher", "nodes"), [("mpirun", "1"), ("mpiexec.hydra", "1"), ("mpirun.openmpi", "2"), ("/usr/bin/mpiexec", "2")]
+)
 def test_the_images_launcher_in_an_allocation_is_refused_before_it_starts(
-    shared_node: Node, alice: User, image: str, family: Family
+    shared_node: Node, alice: User, alike: str, launcher: str, nodes: str
 ) -> None:
-    done = shared_node.run(
-        image, *INSIDE[family], contained(family, "report"), user=alice, env=_allocation("n1"), check=126
-    )
+    env = {**_allocation("n1"), "SLURM_JOB_NUM_NODES": nodes, "SLURM_NNODES": nodes}
+    done = shared_node.run(alike, launcher, "-n", "2", "true", user=alice, env=env, check=126)
     text = done.stderr.decode()
     assert done.stdout == b""
-    assert text.startswith(f"hpcctr: error[launcher-inside]: {INSIDE[family][0]} would run inside "), text
+    assert text.startswith(f"hpcctr: error[launcher-inside]: {Path(launcher).name} would run inside "), text
     for words in ("Slurm", "SLURM_JOB_ID", "srun", "put it outside", *ONE_NODE, "HPCCTR_ALLOW_NESTED_MPI=1"):
         assert words in text, text
+
+
+def test_open_mpi_in_an_allocation_of_one_node_needs_no_remedy(shared_node: Node, alice: User, image: str) -> None:
+    host = shared_node.host.run(["hostname"]).stdout.decode().strip()
+    command = [*INSIDE["openmpi"], contained("openmpi", "report")]
+    done = shared_node.run(image, *command, user=alice, env=_allocation(host), timeout=120)
+    require_one_job(reports(done.stdout), 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,6 +136,19 @@ def test_the_remedy_for_one_node_runs_the_job(shared_node: Node, alice: User, im
         env=_allocation(host),
         timeout=120,
     )
+    require_one_job(reports(done.stdout), 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_remedy_for_one_node_is_also_an_option_of_the_launcher(
+    shared_node: Node, alice: User, image: str, family: Family
+) -> None:
+    host = shared_node.host.run(["hostname"]).stdout.decode().strip()
+    plm = ["--mca", "plm", "^slurm"] if "bookworm" in image else ["--prtemca", "plm", "^slurm"]
+    launcher, *rest = INSIDE[family]
+    option = plm if family == "openmpi" else ["-launcher", "fork"]
+    command = [launcher, *option, *rest, contained(family, "report")]
+    done = shared_node.run(image, *command, user=alice, env=_allocation(host), timeout=120)
     require_one_job(reports(done.stdout), 2)
 
 
@@ -278,6 +299,10 @@ def test_hpcctr_inside_a_container_says_why_it_cannot(
     text = done.stderr.decode()
     assert text.startswith("hpcctr: error[inside-container]: "), text
     assert "no_new_privs" in text and "hint: start both from outside" in text
+    done = shared_node.run(
+        alike, str(HPCCTR), "exec", "1", "--", "true", user=alice if who == "user" else None, flags=flags, check=126
+    )
+    assert done.stderr.decode() == text
 
 
 def test_the_engine_refuses_a_client_inside_a_container_whatever_it_is(gateway: Profile) -> None:

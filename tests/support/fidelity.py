@@ -419,7 +419,8 @@ death signal and parts of the personality when a program with capabilities start
 the start script of hpcctr begins with `#!…/front …/python`, and front, a small static program
 (`src/hpcctr/client/front.c`), notes the signals before Python runs; the personality is read from /proc. Behind pip's
 own start script, before `hpcctr engine install`, the two signals get their default action and the parent death signal
-is lost; `hpcctr doctor` says so.
+is lost; `hpcctr doctor` says so. front costs a launch 70 µs (Linux 6.18, median of 3000 starts with and without it in
+turns).
 
 `scripts/fidelity` compares hpcctr with `ctr run`, `podman run` and `ch-run` in the same way.
 """

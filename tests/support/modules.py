@@ -10,6 +10,8 @@ conda does; the variables that only conda's own shell function sets are added, a
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +22,6 @@ from tests.support.images import CACHE
 
 System = Literal["environment-modules", "lmod"]
 
-#: The packages, and what they need beyond a minimal system.
-_PACKAGES: dict[System, tuple[str, ...]] = {
-    "environment-modules": ("environment-modules", "tcl8.6", "libtcl8.6"),
-    "lmod": (
-        "lmod", "lua5.3", "liblua5.3-0", "lua-posix", "lua-filesystem", "lua-json", "lua-lpeg", "lua-term", "tcl8.6",
-        "libtcl8.6",
-    ),
-}  # fmt: skip
 INIT: dict[System, str] = {
     "environment-modules": "/usr/share/modules/init/bash",
     "lmod": "/usr/share/lmod/lmod/init/bash",
@@ -50,15 +44,18 @@ MODULEFILE: dict[System, tuple[str, str]] = {
 
 
 def unpacked(system: System) -> Path:
-    """The directory with the packages' usr/, downloaded from Debian once."""
-    finished = CACHE / "debian" / system
+    """The directory with usr/ of the package and of what it needs that this machine lacks; downloaded once."""
+    wanted = ["apt-get", "--simulate", "--no-install-recommends", "install", system]
+    listed = subprocess.run(wanted, check=True, capture_output=True, text=True).stdout
+    packages = sorted(re.findall(r"^Inst (\S+)", listed, flags=re.M))
+    assert system in packages, f"{system} is installed on this machine: remove it, so that both systems can be tested"
+    digest = hashlib.sha256("\n".join(packages).encode()).hexdigest()[:20]
+    finished = CACHE / "debian" / f"{system}-{digest}"
     if finished.exists():
         return finished
     unfinished = finished.with_suffix(".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        ["apt-get", "-q", "-q", "download", *_PACKAGES[system]], cwd=unfinished, check=True, capture_output=True
-    )
+    subprocess.run(["apt-get", "-q", "-q", "download", *packages], cwd=unfinished, check=True, capture_output=True)
     for package in unfinished.glob("*.deb"):
         subprocess.run(["dpkg-deb", "--extract", package, unfinished], check=True)
         package.unlink()

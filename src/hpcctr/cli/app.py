@@ -50,13 +50,17 @@ app.add_typer(engine_cmd.app, name="engine")
 
 def run_command_line() -> int:
     """Run sys.argv and return the exit status: 0, the command's own, or that of an error, printed here."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # 1 or 2 is closed, and stays closed for what is executed: Python opens close-on-exec.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
     try:
         app(prog_name="hpcctr")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except HpcctrError as error:
         sys.stdout.flush()
-        os.write(2, os.fsencode(error.for_stderr()))
+        error.tell()
         return error.exit_status
     except BrokenPipeError:
         # The reader of our output has enough: `hpcctr images | head`.

@@ -59,14 +59,14 @@ def join(words: ExecWords) -> int:
 
         join(words, sock)
 
+    require_outside()
     return _serve_child(_with_enter(Site.of_this_process()), become)
 
 
 def _serve_child(site: Site, become: Callable[[socket.socket], None]) -> int:
     """Fork the process that becomes the command, and be its engine and its parent."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if sys.stdout is not None:  # 1 may be closed
-        sys.stdout.flush()
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
         ours.close()
@@ -108,7 +108,7 @@ def _be_the_client(become: Callable[[socket.socket], None], sock: socket.socket)
         become(sock)
         status = 0
     except HpcctrError as error:
-        os.write(2, os.fsencode(error.for_stderr()))
+        error.tell()
         status = error.exit_status
     finally:
         os._exit(status)

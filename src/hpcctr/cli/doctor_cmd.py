@@ -93,7 +93,7 @@ def _launcher(site: Site) -> Iterator[Finding]:
         script = Path(sys.executable).with_name("hpcctr")
     if found := front_problem(Path(site.front)):
         what, remedy = f"{site.front}: {found[0]}", found[1]
-    elif wrong := launcher.problem(script, front=site.front, python=sys.executable):
+    elif wrong := launcher.problem(script, front=site.front):
         what, remedy = f"{script}: {wrong}", "hpcctr engine install"
     else:
         yield Finding(thing="launcher", is_good=True, what=f"{script}: starts through {site.front}")

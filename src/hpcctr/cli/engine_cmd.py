@@ -57,14 +57,18 @@ def install(site: SiteFile = None) -> None:
     target, front = Path(settings.enter), Path(settings.front)
     built = _built(hpcctr.enter.__file__, "enter")
     built_front = _built(hpcctr.client.__file__, "front")
+    script = Path(sys.argv[0]).resolve()
+    is_ours = script.name == "hpcctr" and script.is_file()
+    if is_ours:
+        # Before anything is installed.
+        launcher.first_line(str(front), sys.executable)
     os.umask(0o022)
     target.parent.mkdir(parents=True, exist_ok=True)
     install_enter(built, target)
     typer.echo(f"{target}: installed, root:root 0711, cap_sys_admin,cap_sys_chroot=p")
     install_front(built_front, front)
     typer.echo(f"{front}: installed, root:root 0755")
-    script = Path(sys.argv[0]).resolve()
-    if script.name == "hpcctr" and script.is_file():
+    if is_ours:
         launcher.write(script, front=str(front), python=sys.executable, packages=Path(__file__).parents[2])
         typer.echo(f"{script}: starts through front, isolated and without site")
 

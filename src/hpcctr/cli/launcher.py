@@ -43,12 +43,15 @@ def write(path: Path, *, front: str, python: str, packages: Path) -> None:
     temporary.replace(path)
 
 
-def problem(path: Path, *, front: str, python: str) -> str | None:
-    """Why `path` is not the start script that :func:`write` makes; None when it is."""
-    wanted = f"#!{front} {python}"
+def problem(path: Path, *, front: str) -> str | None:
+    """Why `path` is not a start script as :func:`write` makes it; None when it is."""
     try:
         with path.open("rb") as file:
             found = os.fsdecode(file.readline(1024).rstrip(b"\n"))
     except OSError as error:
         return error.strerror or "it cannot be read"
-    return None if found == wanted else f"it begins with {found!r}, not with {wanted!r}"
+    wanted = f"#!{front} "
+    if not found.startswith(wanted):
+        return f"it begins with {found!r}, not with {wanted.rstrip()!r}"
+    python = found.removeprefix(wanted)
+    return None if os.access(python, os.X_OK) else f"it names {python}, which cannot be started"

@@ -1,7 +1,7 @@
 """The parent of root's command: signals go where they would go if there were no parent, and job control works.
 
 The terminal signals the whole foreground group, so the command has those signals already; what somebody sends to this
-process alone is meant for the command. When the command stops, this process stops: the shell watches its own child.
+process alone is meant for the command. When the command stops, this process stops with it, if a shell is there to see it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Parent:
 
 def _attend(child: int) -> None:
     """Until the child has ended. It is not reaped here: its number stays its own while others look at it."""
+    is_job = _is_job_of_a_shell()
     while True:
         news = os.waitid(os.P_PID, child, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
         if news is not None and news.si_code != os.CLD_STOPPED:
@@ -74,12 +75,25 @@ def _attend(child: int) -> None:
         if news is not None:
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOHANG)
-            _stop_by(news.si_status)
+            if is_job:
+                _stop_by(news.si_status)
             continue
         received = signal.sigwaitinfo(_HANDLED)
         if received.si_signo in _SENT_ON and received.si_code != _SI_KERNEL:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, received.si_signo)
+
+
+def _is_job_of_a_shell() -> bool:
+    """Whether a shell with job control started this process: at a terminal, in a process group of the job's own.
+
+    Nobody else waits for a stop, and who continues the command then, by its pid, would leave this process stopped.
+    """
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+        return os.getpgrp() != os.getpgid(os.getppid())
+    except OSError:
+        return False
 
 
 def _stop_by(number: int) -> None:

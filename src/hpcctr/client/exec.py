@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hpcctr.client import connect, enter, environment
+from hpcctr.client import connect, enter, environment, preflight
 from hpcctr.client.carry import require_absolute
 from hpcctr.client.run import IMAGE_VARIABLE, inheritable, variables_for
 from hpcctr.request import ExecRequest, ExecWords
@@ -23,6 +23,7 @@ def join(words: ExecWords, sock: _socket.socket | None = None) -> NoReturn:
     """
     if words.workdir is not None:
         require_absolute(words.workdir)
+    preflight.require_outside()
     sock = sock or connect.connect()
     granted = connect.ask(sock, ExecRequest(pid=words.pid, image=image_name(words.pid)).frame())
     directory = words.workdir or working_directory(words.pid)

@@ -22,7 +22,11 @@ ALLOW_VARIABLE = b"HPCCTR_ALLOW_NESTED_MPI"
 
 #: MPI launchers by the first part of their file name: ``mpirun.openmpi``, ``mpiexec.hydra``.
 LAUNCHERS = (b"mpirun", b"mpiexec", b"orterun", b"prterun")
-#: Schedulers under which these launchers start processes by a command of the scheduler's, also on their own node.
+#: File names of Open MPI's, which on one node needs nothing of the scheduler; Hydra's also go by the plain ones.
+OPEN_MPI_LAUNCHERS = (b"mpirun.openmpi", b"mpiexec.openmpi", b"orterun", b"prterun")
+#: Variables of Slurm's with the number of nodes.
+_NODE_COUNTS = (b"SLURM_JOB_NUM_NODES", b"SLURM_NNODES")
+#: Schedulers under which launchers start processes by a command of the scheduler's, Hydra also on its own node.
 #: The variable that tells of an allocation, the scheduler, the command.
 SCHEDULERS = (
     (b"SLURM_JOB_ID", "Slurm", "srun"),
@@ -57,6 +61,10 @@ def require_launcher_outside(command: Sequence[bytes], variables: Mapping[bytes,
     name = command[0].rpartition(b"/")[2]
     if name.partition(b".")[0] not in LAUNCHERS:
         return
+    if name in OPEN_MPI_LAUNCHERS and any(
+        count in variables and variables[count].value == b"1" for count in _NODE_COUNTS
+    ):
+        return
     found = next((entry for entry in SCHEDULERS if entry[0] in variables), None)
     if found is None or any(choice in variables for choice in CHOICES):
         return
@@ -65,7 +73,7 @@ def require_launcher_outside(command: Sequence[bytes], variables: Mapping[bytes,
     shown = os.fsdecode(name)
     raise LauncherInside(
         f"{shown} would run inside {image}, in an allocation of {found[1]} ({os.fsdecode(found[0])} is set), and start "
-        f"its processes by {found[2]}, which is the host's",
+        f"processes by {found[2]}, which is the host's",
         hint=f"put it outside: {shown} … hpcctr run {image} -- PROGRAM, or srun hpcctr run …; on one node: "
         "hpcctr run -e OMPI_MCA_plm=^slurm -e PRTE_MCA_plm=^slurm -e HYDRA_LAUNCHER=fork IMAGE -- "
         f"{shown} …; to go on as it is: -e {os.fsdecode(ALLOW_VARIABLE)}=1 (docs/mpi.md)",

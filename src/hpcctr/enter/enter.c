@@ -287,8 +287,8 @@ static void restrict_own_copy(void)
         die_of(FAILED, "view", "/", error, ASK_DOCTOR);
 }
 
-/* A plan without mounts is for the view of a running program, which is complete. There nothing is changed, so no copy is
- * made: debuggers take a process in another namespace for one with other files. */
+/* A plan without mounts is for the view of a running program, which is complete. Nothing is changed there, so no copy
+ * is made: debuggers take a process in another namespace for one with other files. */
 static void go_in(int namespace_fd)
 {
     const uint64_t engines = inode_of(namespace_fd, "");
@@ -343,6 +343,10 @@ static void attach_sources(void)
         lower();
         if (error == -ENOENT)
             die(FAILED, "mount-source", mount->source, "it vanished while the launch went on", "ls -ld PATH");
+        if (error == -EPERM) /* the capability is there: security/landlock/fs.c, hook_move_mount */
+            die(REFUSED, "caller-refused", mount->target,
+                "a Landlock domain or a seccomp filter of the calling process forbids mounts",
+                "start hpcctr outside of that sandbox");
         if (error < 0)
             die_of(REFUSED, "mount-target", mount->target, error, "a directory fits a directory, a file fits a file");
         sys1(__NR_close, fd);

@@ -69,13 +69,14 @@ def test_the_longest_first_line_is_the_longest_the_kernel_takes(tmp_path: Path, 
 
 def test_what_was_written_has_no_problem_and_anything_else_has(tmp_path: Path) -> None:
     script = tmp_path / "hpcctr"
-    launcher.write(script, front="/x/front", python="/x/python", packages=Path("/x/site-packages"))
-    assert launcher.problem(script, front="/x/front", python="/x/python") is None
+    launcher.write(script, front="/x/front", python=sys.executable, packages=Path("/x/site-packages"))
+    assert launcher.problem(script, front="/x/front") is None
     assert script.stat().st_mode & 0o777 == 0o755
     assert "sys.path.insert(0, '/x/site-packages')" in script.read_text()
     assert os.listdir(tmp_path) == ["hpcctr"]
     script.write_text("#!/x/python\nimport re\n")
-    found = launcher.problem(script, front="/x/front", python="/x/python")
-    assert found == "it begins with '#!/x/python', not with '#!/x/front /x/python'"
+    assert launcher.problem(script, front="/x/front") == "it begins with '#!/x/python', not with '#!/x/front'"
+    script.write_text("#!/x/front /x/python\n")
+    assert launcher.problem(script, front="/x/front") == "it names /x/python, which cannot be started"
     script.unlink()
-    assert launcher.problem(script, front="/x/front", python="/x/python") == "No such file or directory"
+    assert launcher.problem(script, front="/x/front") == "No such file or directory"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcctr.client.carry import gather, is_carried, volume
+from hpcctr.client.carry import gather, is_carried, shown, volume
 from hpcctr.errors import SourceMissing, TargetImpossible, UsageWrong, WorkingDirectoryMissing
 
 
@@ -115,6 +115,52 @@ def test_a_target_nothing_can_be_mounted_on_is_refused_before_the_engine(word: b
 def test_a_source_that_is_missing_is_named() -> None:
     with pytest.raises(SourceMissing, match="No such file"):
         volume(b"/nowhere/at/all:/x")
+
+
+def test_a_slash_at_the_end_of_a_target_says_nothing(place: bytes) -> None:
+    assert volume(place + b"/data/:/d/").target == b"/d"
+    assert volume(place + b"/data/").target == place + b"/data"
+
+
+@pytest.mark.parametrize("device", [b"/dev/null", b"/dev/tty"])
+def test_a_device_file_is_no_volume(device: bytes) -> None:
+    with pytest.raises(SourceMissing, match="device file"):
+        volume(device + b":/x")
+
+
+def test_a_relative_source_needs_a_working_directory(place: bytes) -> None:
+    Path(os.fsdecode(place + b"/home/work")).rmdir()
+    with pytest.raises(WorkingDirectoryMissing):
+        gather({}, workdir=b"/", volumes=[b"relative:/x"])
+
+
+def test_two_sources_for_one_target_contradict_each_other(place: bytes) -> None:
+    with pytest.raises(UsageWrong, match="both to be mounted on /x"):
+        gather({}, volumes=[place + b"/data:/x", place + b"/home:/x"])
+    with pytest.raises(UsageWrong, match="both to be mounted on /x"):
+        gather({}, volumes=[place + b"/data:/x", place + b"/data:/x:ro"])
+    assert len(gather({}, volumes=[place + b"/data:/x", place + b"/data:/x/"]).mounts) == 2
+    # What comes along by itself gives way.
+    baggage = gather({b"HOME": place + b"/home"}, volumes=[place + b"/data:" + place + b"/home/work"])
+    assert [mount.source for mount in baggage.mounts] == [place + b"/home", place + b"/data"]
+
+
+def test_a_target_behind_a_link_of_another_volume_is_refused_with_the_place_it_leads_to(place: bytes) -> None:
+    os.symlink(b"data", place + b"/link")
+    with pytest.raises(TargetImpossible, match="symbolic link") as raised:
+        gather({}, volumes=[place + b":/m", place + b"/data:/m/link"])
+    assert os.fsdecode(place + b"/data") in raised.value.hint
+
+
+def test_where_a_directory_variables_link_leads_comes_in_too(place: bytes) -> None:
+    os.symlink(place + b"/data", place + b"/home/scratch")
+    baggage = gather({b"HOME": place + b"/home", b"TMPDIR": place + b"/home/scratch"})
+    assert [mount.target for mount in baggage.mounts] == [place + b"/data", place + b"/home"]
+
+
+def test_a_word_in_a_message_is_short_and_harmless() -> None:
+    assert shown(b"/a\x1b[31m\nb\xff\xc3\xa9") == "/a?[31m?b\udcff\u00e9"
+    assert len(shown(b"/" + b"x" * 4000)) < 500
 
 
 @pytest.mark.parametrize(

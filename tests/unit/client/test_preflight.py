@@ -56,6 +56,17 @@ def test_who_means_it_is_not_refused() -> None:
             _require([b"mpirun", b"x"], {**SLURM, preflight.ALLOW_VARIABLE: off})
 
 
+@pytest.mark.parametrize("count", [b"SLURM_JOB_NUM_NODES", b"SLURM_NNODES"])
+def test_open_mpis_launcher_is_not_refused_on_one_node_where_it_works(count: bytes) -> None:
+    for name in preflight.OPEN_MPI_LAUNCHERS:
+        _require([b"/usr/bin/" + name, b"x"] if b"." not in name else [name, b"x"], {**SLURM, count: b"1"})
+        with pytest.raises(LauncherInside):
+            _require([name, b"x"], {**SLURM, count: b"2"})
+    # It may be Hydra's, which would hang.
+    with pytest.raises(LauncherInside):
+        _require([b"mpirun", b"x"], {**SLURM, count: b"1"})
+
+
 @pytest.mark.parametrize("name", [b"hostname", b"mpirun-wrapper", b"./my-mpirun", b"sh"])
 def test_other_commands_are_nobodys_business(name: bytes) -> None:
     _require([name, b"mpirun"], SLURM)

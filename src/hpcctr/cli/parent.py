@@ -1,7 +1,8 @@
 """The parent of root's command: signals go where they would go if there were no parent, and job control works.
 
 The terminal signals the whole foreground group, so the command has those signals already; what somebody sends to this
-process alone is meant for the command. When the command stops, this process stops with it, if a shell is there to see it.
+process alone is meant for the command. When the command stops, this process stops as well, if a shell is there to see
+it.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from hpcctr.engine.accounts import generated_etc
 from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.members import is_roots, upper_in
 from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, read_mounts, unmount
+from hpcctr.engine.remains import clear_remains
 from hpcctr.engine.upper import UpperLayer
 from hpcctr.errors import ContainerdFailed, ContainerNotFound, HpcctrError, TargetImpossible
 from hpcctr.policy.grant import Grant
@@ -142,6 +143,9 @@ class NodeBuilder:
         """
         try:
             namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:
+            # As ptrace(2) would be: a Landlock domain or another security module is around this process.
+            raise _unlike(container_id, "the kernel forbids this process to look at its init") from None
         except OSError:
             raise _unlike(container_id, "its init has ended") from None
         try:
@@ -177,15 +181,28 @@ class NodeBuilder:
             raise _unlike(container_id, "its init has been replaced")
 
     def take_down_in_containerd(self, container_id: str) -> None:
-        """Remove task and record; what is not there is fine. Raises :class:`HpcctrError` when some of it stays."""
+        """Remove task and record, and what they left; what is not there is fine.
+
+        Raises :class:`HpcctrError` when some of it stays.
+        """
         with contextlib.suppress(ContainerdFailed):
             self.containerd.kill_task(container_id)
             self.containerd.wait_for_task(container_id, seconds=_KILL_SECONDS)
         # The record goes last: without it containerd no longer finds the task.
-        with contextlib.suppress(ContainerNotFound):
+        runtime = self.binary_name or "runc"
+        try:
             self.containerd.delete_task(container_id)
+        except ContainerNotFound:
+            pass
+        except ContainerdFailed:
+            # A shim whose containerd was killed in the middle of a call may refuse for good. Without it containerd
+            # gives the task up, at once or by the next attempt.
+            clear_remains(container_id, runtime=runtime)
+            with contextlib.suppress(ContainerNotFound):
+                self.containerd.delete_task(container_id)
         with contextlib.suppress(ContainerNotFound):
             self.containerd.delete_container(container_id)
+        clear_remains(container_id, runtime=runtime)
 
     def take_down_mount(self, container_id: str) -> None:
         """Remove the upper layer; what is not there is fine."""

@@ -21,6 +21,7 @@ from hpcctr.context import Caller
 from hpcctr.engine.adopt import clear_after_direct_engines, places_of_direct_engines, survivors
 from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.members import Members, members_in_proc
+from hpcctr.engine.neighbour import require_common_mounts
 from hpcctr.engine.node import LABEL_OWNER, NodeBuilder, NodeContainer
 from hpcctr.engine.state import StateDirectory
 from hpcctr.engine.view import Place, View
@@ -96,6 +97,7 @@ class NodeContainers:
             )
         try:
             if self._watcher is None:
+                require_common_mounts(self._site.containerd.socket)
                 self._state.claim()
                 clear_after_direct_engines(self._builder, self._state)
                 self._take_over()

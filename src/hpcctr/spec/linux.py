@@ -12,8 +12,13 @@ def linux(container_id: str) -> dict[str, object]:
     return {
         "namespaces": [{"type": "mount"}],
         "rootfsPropagation": "private",
-        "cgroupsPath": f"/hpcctr-{container_id}",
+        "cgroupsPath": cgroup_of(container_id),
         # Empty, not absent: runtimes and tools take an absent list for "choose something".
         "maskedPaths": [],
         "readonlyPaths": [],
     }
+
+
+def cgroup_of(container_id: str) -> str:
+    """The cgroup of a container's anchor, in every hierarchy."""
+    return f"/hpcctr-{container_id}"

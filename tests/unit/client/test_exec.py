@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from hpcctr.client.exec import image_name, working_directory
+from tests.support.polling import wait_until
 
 
 def _started(directory: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -24,7 +25,8 @@ def _started(directory: Path, **environment: str) -> subprocess.Popen[bytes]:
 
 def test_the_image_is_named_as_the_process_has_it(tmp_path: Path) -> None:
     process = _started(tmp_path, A="HPCCTR_IMAGE=no", HPCCTR_IMAGE="docker.io/library/debian:12")
-    assert image_name(process.pid) == "docker.io/library/debian:12"
+    # Popen returns when the descriptors of the old program are closed, a moment before the new one has its environment.
+    assert wait_until(lambda: image_name(process.pid)) == "docker.io/library/debian:12"
     process.communicate()
     assert image_name(process.pid) == ""
     assert image_name(2**22) == ""

@@ -28,7 +28,7 @@ def _hpcctr(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def test_version_and_help_need_nothing() -> None:
     assert _hpcctr("--version").stdout.startswith("hpcctr 0.")
-    commands = ("run", "pull", "images", "inspect", "rm", "ps", "doctor", "engine")
+    commands = ("run", "exec", "pull", "images", "inspect", "rm", "ps", "doctor", "engine")
     text = _hpcctr("--help").stdout
     assert all(f"  {command} " in text for command in commands)
     for command in (*commands, "engine serve", "engine check", "engine install"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,14 +17,15 @@ def _id() -> str:
     return f"{secrets.token_hex(16)}-{secrets.token_hex(4)}"
 
 
-def _shim(directory: Path, container_id: str, *prefix: str) -> subprocess.Popen[bytes]:
-    program = directory / "containerd-shim-test"
-    shutil.copy("/bin/busybox", directory / "busybox")
-    program.write_text(f"#!{directory}/busybox sh\nread line\n")
-    program.chmod(0o755)
-    # A script's own name is in its command line behind the interpreter's, so the name is given.
-    argv = ["bash", "-c", 'exec -a "$0" "$1" sh -c "read line" "${@:2}"', str(program), str(directory / "busybox")]
-    return subprocess.Popen([*prefix, *argv, "-namespace", "hpcctr", "-id", container_id], stdin=subprocess.PIPE)
+def _shim(container_id: str, *prefix: str) -> subprocess.Popen[bytes]:
+    """A process whose command line is a shim's, and which waits for the end of its input."""
+    argv = ["bash", "-c", 'exec -a /usr/bin/containerd-shim-test bash -c "echo; read line" -- "$@"', "sh"]
+    process = subprocess.Popen(
+        [*prefix, *argv, "-namespace", "hpcctr", "-id", container_id], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def test_what_does_not_exist_is_fine() -> None:
@@ -59,24 +59,13 @@ def test_cgroups_of_an_anchor_go_with_what_is_in_them() -> None:
             directory.rmdir()
 
 
-def test_a_shim_is_roots_and_of_this_container(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
+def test_a_shim_is_roots_and_of_this_container() -> None:
     container_id = _id()
-    mine, other = _shim(tmp_path, container_id), _shim(tmp_path, _id())
-    users = _shim(tmp_path, container_id, "setpriv", "--reuid=61237", "--regid=61237", "--clear-groups")
-    for process in (mine, other, users):
-        while (
-            b"-id" not in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
-            or b"setpriv" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        ):
-            assert process.poll() is None
-    deadline = 200
-    while mine.poll() is None and deadline:
-        clear_remains(container_id, runtime="runc")
-        deadline -= 1
+    mine, other = _shim(container_id), _shim(_id())
+    users = _shim(container_id, "setpriv", "--reuid=61237", "--regid=61237", "--clear-groups")
+    clear_remains(container_id, runtime="runc")
     assert mine.wait(10) == -9
+    mine.communicate()
     for process in (other, users):
         assert process.poll() is None
-        process.kill()
         process.communicate()
-    mine.communicate()

@@ -325,6 +325,41 @@ def test_no_new_right_comes_with_the_view(attacked: Node, alice: User, busybox_i
             assert "shared:" not in line, line
 
 
+RAW = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from hpcctr.client import connect, enter
+from hpcctr.request import LaunchRequest
+sock = connect.connect()
+granted = connect.ask(sock, LaunchRequest(image=sys.argv[2]).frame())
+os.set_inheritable(sock.fileno(), True)
+words = [b"sh", b"-c", b"cat /proc/self/mountinfo; touch /bin/x; mount -t tmpfs x /srv; echo $$"]
+os.execv(granted.one("enter"), enter.plan(sock.fileno(), [], b"/", words, b"/bin", kernel_trees=()))
+"""
+
+
+def test_a_plan_without_mounts_changes_nothing_in_a_container_others_enter(
+    attacked: Node, alice: User, busybox_image: str
+) -> None:
+    """What exec's plan looks like, sent for a new program: it is in the container's own namespace, or refused."""
+    import hpcctr
+
+    packages = str(Path(hpcctr.__file__).parents[1])
+    with _running(attacked, alice, busybox_image) as (_, pid):
+        before = Path(f"/proc/{pid}/mountinfo").read_text()
+        argv = ["/usr/bin/python3", "-c", RAW, packages, busybox_image]
+        done = attacked.host.run(argv, user=alice, check=False)
+        if done.returncode == 0:
+            (root,) = [line for line in done.stdout.decode().splitlines() if line.split()[4:5] == ["/"]]
+            assert {"ro", "nosuid", "nodev"} <= set(root.split()[5].split(","))
+            assert b"Read-only" in done.stderr
+        else:
+            assert b"error[view]: /: nosuid, nodev or read-only is not in force" in done.stderr
+            assert done.stdout == b""
+        assert Path(f"/proc/{pid}/mountinfo").read_text() == before
+        assert attacked.run(busybox_image, "echo", "next", user=alice).stdout == b"next\n"
+
+
 @pytest.mark.parametrize("pid", ["0", "-1", "01", "1 ", "+1", "4194305", "99999999999999999999", "self", "1/../2", ""])
 def test_a_pid_is_a_plain_number(attacked: Node, alice: User, pid: str) -> None:
     packet = Frame(ExecRequest.VERB, [("pid", pid.encode())]).pack()

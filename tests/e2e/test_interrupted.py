@@ -25,7 +25,7 @@ from tests.support.polling import wait_until
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
 #: Seconds each loop may take, and within which a launch has to be over.
-LOOP = 12.0
+LOOP = 6.0
 BOUND = 30.0
 
 
@@ -142,7 +142,7 @@ def test_many_clients_killed_together_leave_nothing(own_node_with_busybox: Profi
     profile = own_node_with_busybox
     before = Leftovers.of(profile.node.host, profile.node.containerd)
     with _bystanders(profile):
-        for _ in _rounds(8):
+        for _ in _rounds(4):
             together = [_launch(profile, "echo", "hello") for _ in range(8)]
             time.sleep(dice.uniform(0, 0.25))
             for process in together:

@@ -50,7 +50,8 @@ class _Way:
     """A way in that a caller was granted."""
 
     grant: Grant
-    #: The container's, for the audit line.
+    #: For the audit line: what happened, and in which container.
+    outcome: str
     key: str
     namespace: int
     #: What has to be true, and done, at the moment the namespace is handed over. Raises :class:`HpcctrError`.
@@ -93,6 +94,7 @@ def _way_to_container(door: Door, grant: Grant) -> _Way:
     container = build(grant, door.site, door.nodes)
     return _Way(
         grant=grant,
+        outcome="granted",
         key=container.key,
         namespace=container.namespace,
         go=lambda: door.nodes.join(container, grant.caller),
@@ -107,7 +109,13 @@ def _way_to_process(door: Door, request: ExecRequest, caller: Caller, held: cont
         view.require_unchanged(caller)
         door.nodes.join(view.place, caller)
 
-    return _Way(grant=follow(request, view, caller, door.site), key=view.place.key, namespace=view.namespace, go=go)
+    return _Way(
+        grant=follow(request, view, caller, door.site),
+        outcome="joined",
+        key=view.place.key,
+        namespace=view.namespace,
+        go=go,
+    )
 
 
 def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
@@ -126,7 +134,7 @@ def _hand_over(door: Door, peer: socket.socket, caller: Caller, way: _Way, enter
         caller.require_enter(enter, permitted=CAP_SYS_ADMIN | CAP_SYS_CHROOT)
         way.go()
         socket.send_fds(peer, [b"\0"], [way.namespace])
-        _audit(door, "granted", caller, way.grant, key=way.key)
+        _audit(door, way.outcome, caller, way.grant, key=way.key)
     except HpcctrError as error:
         _audit(door, "refused", caller, way.grant, key=way.key, error=error)
         _try_to_send(peer, bytes([error.exit_status]) + os.fsencode(error.for_stderr())[:4000])

@@ -160,8 +160,10 @@ def test_perf_counts_and_records_from_the_host_as_natively(tools: Profile, place
                 record = ("perf", "record", "-q", "-e", "cpu-clock:u", "-o", str(data), "-p", str(pid), "sleep", "0.5")
                 _host(tools, *record)
                 symfs = [] if natively else ["--symfs", f"/proc/{pid}/root"]
-                text = _host(tools, "perf", "report", "-i", str(data), "--stdio", "--sort", "symbol", *symfs)
-                assert re.search(r"\[\.\] (_Py|Py|list|long)\w+", text), text
+                text = _host(tools, "perf", "report", "-i", str(data), "--stdio", "--sort", "dso,symbol", *symfs)
+                assert "python3" in text, text
+                # Names need a symbol table: the image's Python has one, the host's only on some Debians.
+                assert natively or re.search(r"\[\.\] (_Py|Py|list|long)\w+", text), text
     finally:
         data.unlink(missing_ok=True)
 

@@ -249,7 +249,8 @@ def test_the_terminal_is_the_callers_own(tools: Profile, terminal: Terminal) -> 
         if probe.startswith("ls"):
             assert inside.split("->")[1] == outside.split("->")[1]
         else:
-            assert inside == outside != ""
+            # The image's stty and the host's may fold their lines differently.
+            assert inside.split() == outside.split() != []
 
 
 def test_a_new_size_arrives_at_once(tools: Profile, terminal: Terminal) -> None:

@@ -433,7 +433,7 @@ CALLERS: dict[str, OddCaller] = {
         as_root=_private_tmp,
         new_each_time=("namespace.mnt",),
         # Root's engine would mount images where containerd does not see them.
-        refused={"direct": "containerd"},
+        refused={"direct": "no-containerd"},
     ),
     "hidepid": OddCaller(what="a host whose /proc is mounted with hidepid=2", hides_processes=True),
     "namespaces": OddCaller(what="IPC, network and cgroup namespaces of its own", as_root=_enter_namespaces),

@@ -117,11 +117,9 @@ class Caller:
     def read_status(self) -> dict[str, str]:
         """/proc/PID/status as words. Raises :class:`CallerRefused` for a zombie or a process that is gone."""
         try:
-            with open(f"/proc/{self.pid}/status", encoding="ascii", errors="replace") as file:
-                lines = [line.partition(":") for line in file]
+            status = read_status(self.pid)
         except OSError:
             raise CallerRefused(f"pid {self.pid} has ended") from None
-        status = {name: value.strip() for name, _, value in lines}
         if status["State"][:1] in "ZX":
             raise CallerRefused(f"pid {self.pid} is a zombie")
         return status
@@ -133,6 +131,12 @@ class Caller:
             raise CallerRefused(f"pid {self.pid}: {name} cannot be read: {error.strerror}") from None
 
 
+def read_status(pid: int) -> dict[str, str]:
+    """/proc/PID/status by name (proc(5)). Raises OSError when there is no such process."""
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+
+
 def _peer_groups(peer: socket.socket, pid: int) -> tuple[int, ...]:
     try:
         # 1024 bytes are the most that Python's getsockopt takes: 256 groups.
@@ -141,11 +145,10 @@ def _peer_groups(peer: socket.socket, pid: int) -> tuple[int, ...]:
         if error.errno != errno.ERANGE:
             raise
         try:
-            with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-                line = next(line for line in file if line.startswith("Groups:"))
-        except (OSError, StopIteration):
+            groups = read_status(pid)["Groups"]
+        except OSError:
             raise CallerRefused(f"pid {pid} has ended") from None
-        return tuple(sorted(map(int, line.split()[1:])))
+        return tuple(sorted(map(int, groups.split())))
     return tuple(sorted(struct.unpack(f"{len(raw) // 4}I", raw)))
 
 

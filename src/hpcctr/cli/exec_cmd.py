@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
-from hpcctr.cli.run_cmd import command_of, options_of, parameter
+from hpcctr.cli.run_cmd import command_of, made_of, options_of
 from hpcctr.request import EXEC_OPTIONS, ExecWords
 
 HELP = """Run CMD where the running program PID of yours is: in the same image, with the same directories.
@@ -25,29 +24,9 @@ files is what PID sees. It starts where PID stands. hpcctr ps lists your program
 
 def command() -> Callable[..., None]:
     """The function behind ``exec``, with a signature made from :data:`EXEC_OPTIONS`."""
-
-    def exec_command(**values: Any) -> None:  # noqa: ANN401 - typer fills it in from the signature below
-        raise SystemExit(launch(words_of(values)))
-
-    positional = [
-        inspect.Parameter(
-            "pid",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Argument(..., metavar="PID", help="A running program as hpcctr ps prints it."),
-            annotation=str,
-        ),
-        inspect.Parameter(
-            "command",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Argument(None, metavar="[--] CMD [ARG...]", help="What to run."),
-            annotation=list[str] | None,
-        ),
-    ]
-    parameters = [*positional, *map(parameter, EXEC_OPTIONS)]
-    exec_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    exec_command.__annotations__ = {one.name: one.annotation for one in parameters}
-    exec_command.__doc__ = HELP
-    return exec_command
+    pid = typer.Argument(..., metavar="PID", help="A running program as hpcctr ps prints it.")
+    words = typer.Argument(None, metavar="[--] CMD [ARG...]", help="What to run.")
+    return made_of("pid", pid, words, EXEC_OPTIONS, lambda values: launch(words_of(values)), HELP)
 
 
 def words_of(values: dict[str, Any]) -> ExecWords:

@@ -47,31 +47,38 @@ def parameter(option: Option) -> inspect.Parameter:
 
 def command() -> Callable[..., None]:
     """The function behind ``run``, with a signature made from :data:`RUN_OPTIONS`."""
+    image = typer.Argument(..., metavar="IMAGE", help="A name or digest as hpcctr images prints it.")
+    words = typer.Argument(None, metavar="[--] [CMD [ARG...]]", help="What to run; default: what the image says.")
+    return made_of("image", image, words, RUN_OPTIONS, lambda values: launch(words_of(values)), HELP)
 
-    def run_command(**values: Any) -> None:  # noqa: ANN401 - typer fills it in from the signature below
-        raise SystemExit(launch(words_of(values)))
 
-    positional = [
-        inspect.Parameter(
-            "image",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Argument(..., metavar="IMAGE", help="A name or digest as hpcctr images prints it."),
-            annotation=str,
-        ),
-        inspect.Parameter(
-            "command",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Argument(
-                None, metavar="[--] [CMD [ARG...]]", help="What to run; default: what the image says."
-            ),
-            annotation=list[str] | None,
-        ),
+def made_of(
+    name: str,
+    argument: Any,  # noqa: ANN401 - typer's own declarations have no type
+    words: Any,  # noqa: ANN401
+    options: Sequence[Option],
+    run: Callable[[dict[str, Any]], int],
+    help: str,  # noqa: A002
+) -> Callable[..., None]:
+    """A function for typer: one ``argument`` of that name, the ``words`` of a command, and ``options``; ends with what
+    ``run`` makes of their values.
+    """
+
+    def function(**values: Any) -> None:  # noqa: ANN401 - typer fills it in from the signature below
+        raise SystemExit(run(values))
+
+    def positional(name: str, declared: Any, annotation: Any) -> inspect.Parameter:  # noqa: ANN401
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)
+
+    parameters = [
+        positional(name, argument, str),
+        positional("command", words, list[str] | None),
+        *map(parameter, options),
     ]
-    parameters = [*positional, *map(parameter, RUN_OPTIONS)]
-    run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run_command.__doc__ = HELP
-    return run_command
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {one.name: one.annotation for one in parameters}
+    function.__doc__ = help
+    return function
 
 
 def words_of(values: dict[str, Any]) -> RunWords:

@@ -25,8 +25,7 @@ class Launch:
 
     __slots__ = ("baggage", "command", "dropped", "granted", "variables")
 
-    def __init__(self, words: RunWords, granted: Frame) -> None:
-        caller = environment.of_this_process()
+    def __init__(self, words: RunWords, granted: Frame, caller: dict[bytes, bytes]) -> None:
         self.granted = granted
         self.baggage = _baggage(words, caller, granted.every("carry"))
         self.variables, self.dropped = variables_for(
@@ -69,11 +68,12 @@ def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
 
 def prepare(words: RunWords, sock: _socket.socket) -> Launch:
     """Ask the engine and settle what the launch will be."""
-    baggage = _baggage(words, environment.of_this_process(), ())
+    caller = environment.of_this_process()
+    baggage = _baggage(words, caller, ())
     request = LaunchRequest(
         image=words.image, targets=baggage.targets(), platform=words.platform, explain=words.explain
     )
-    return Launch(words, connect.ask(sock, request.frame()))
+    return Launch(words, connect.ask(sock, request.frame()), caller)
 
 
 def variables_for(

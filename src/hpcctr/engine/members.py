@@ -14,6 +14,7 @@ import select
 import threading
 from collections.abc import Iterable, Mapping
 
+from hpcctr.context import read_status
 from hpcctr.engine.mounts import MountEntry, read_mounts
 
 #: linux/nsfs.h.
@@ -148,5 +149,4 @@ def upper_in(entries: Iterable[MountEntry]) -> str | None:
 
 
 def _real_uid(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
+    return int(read_status(pid)["Uid"].split()[0])

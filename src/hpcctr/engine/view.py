@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from hpcctr.context import INITIAL_USER_NAMESPACE, Caller
+from hpcctr.context import INITIAL_USER_NAMESPACE, Caller, read_status
 from hpcctr.engine.members import is_anchor, is_roots, root_upper
 from hpcctr.engine.node import NodeContainer
 from hpcctr.errors import ProcessOutOfReach
@@ -131,8 +131,7 @@ def _require_theirs(pid: int, caller: Caller) -> None:
     no_new_privs, both of which enter sees to.
     """
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            status = {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+        status = read_status(pid)
         # Files here are root's instead of the user's while the process is not dumpable (proc(5)).
         dumpable_by = os.stat(f"/proc/{pid}/maps").st_uid
         user_namespace = os.stat(f"/proc/{pid}/ns/user").st_ino

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hpcctr.client.environment import of_this_process
 from hpcctr.client.run import Launch
 from hpcctr.errors import NoCommand
 from hpcctr.request import RunWords
@@ -23,7 +24,7 @@ GRANTED = Frame(
 
 
 def _command(words: RunWords, granted: Frame = GRANTED) -> list[bytes]:
-    return Launch(words, granted).command
+    return Launch(words, granted, of_this_process()).command
 
 
 def test_without_command_the_images_entrypoint_and_command_run() -> None:
@@ -45,10 +46,10 @@ def test_an_image_without_a_command_needs_one() -> None:
 
 
 def test_the_images_path_is_the_commands_path() -> None:
-    assert Launch(RunWords("img", [b"x"]), GRANTED).variables[b"PATH"].value == b"/i/bin"
+    assert Launch(RunWords("img", [b"x"]), GRANTED, of_this_process()).variables[b"PATH"].value == b"/i/bin"
 
 
 def test_the_program_is_told_its_image() -> None:
-    variables = Launch(RunWords("img", [b"x"]), GRANTED).variables
+    variables = Launch(RunWords("img", [b"x"]), GRANTED, of_this_process()).variables
     assert variables[b"HPCCTR_IMAGE"].value == b"img:1"
     assert variables[b"HPCCTR_IMAGE_DIGEST"].value == b"sha256:0"

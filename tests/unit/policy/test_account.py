@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +14,17 @@ from hpcctr.policy.rules import Rule
 from tests.support.values import a_caller
 
 RULES = (Rule(name="some", action="allow", users=("@staff",)),)
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """What hanging look-ups wait for. Their threads have ended when the test has: a later test counts its own."""
+    event = threading.Event()
+    yield event
+    event.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("nss-"):
+            thread.join()
 
 
 def test_root_is_known_by_number_name_and_groups() -> None:
@@ -27,24 +39,19 @@ def test_nobody_is_looked_up_when_no_rule_asks() -> None:
     assert names_for((Rule(name="all", action="allow"),), a_caller(uid=0)) == frozenset()
 
 
-def test_a_name_service_that_hangs_ends_the_launch_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_service_that_hangs_ends_the_launch_and_not_the_engine(
+    monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
     monkeypatch.setattr(account, "_LOOKUP_SECONDS", 0.05)
-    release = threading.Event()
     with pytest.raises(DeadlinePassed, match="who uid 4711 is") as raised:
         account.with_deadline(release.wait, uid=4711)
     assert "getent passwd 4711" in raised.value.hint
-    release.set()
 
 
-def test_look_ups_that_hang_stay_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_ups_that_hang_stay_few(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
     monkeypatch.setattr(account, "_LOOKUP_SECONDS", 0.01)
     monkeypatch.setattr(account, "_look_ups", threading.BoundedSemaphore(3))
-    release = threading.Event()
     for _ in range(10):
         with pytest.raises(DeadlinePassed):
             account.with_deadline(release.wait, uid=4711)
-    hanging = [thread for thread in threading.enumerate() if thread.name == "nss-4711"]
-    release.set()
-    for thread in hanging:
-        thread.join()
-    assert len(hanging) <= 3
+    assert sum(thread.name == "nss-4711" for thread in threading.enumerate()) == 3

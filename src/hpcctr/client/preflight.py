@@ -37,6 +37,8 @@ SCHEDULERS = (
 CHOICES = (
     b"OMPI_MCA_plm", b"PRTE_MCA_plm", b"HYDRA_LAUNCHER", b"HYDRA_BOOTSTRAP", b"I_MPI_HYDRA_BOOTSTRAP",
 )  # fmt: skip
+#: Values of theirs that mean the scheduler's command. Slurm sets Hydra's to `slurm` in every allocation (24.11).
+_NO_CHOICES = (b"", b"slurm", b"lsf", b"sge")
 CHOOSING_WORDS = (b"plm", b"-launcher", b"--launcher", b"-bootstrap", b"--bootstrap")
 
 
@@ -66,7 +68,7 @@ def require_launcher_outside(command: Sequence[bytes], variables: Mapping[bytes,
     ):
         return
     found = next((entry for entry in SCHEDULERS if entry[0] in variables), None)
-    if found is None or any(choice in variables for choice in CHOICES):
+    if found is None or any(choice in variables and variables[choice].value not in _NO_CHOICES for choice in CHOICES):
         return
     if any(word in CHOOSING_WORDS for word in command[1:]) or _is_on(variables.get(ALLOW_VARIABLE)):
         return

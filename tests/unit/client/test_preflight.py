@@ -44,6 +44,12 @@ def test_who_has_chosen_a_way_to_start_processes_by_a_variable_is_not_refused(va
     _require([b"mpirun", b"x"], {**SLURM, variable: b"^slurm"})
 
 
+@pytest.mark.parametrize("variable", preflight.CHOICES)
+def test_a_variable_that_names_the_scheduler_is_no_choice(variable: bytes) -> None:
+    with pytest.raises(LauncherInside):
+        _require([b"mpirun", b"x"], {**SLURM, variable: b"slurm"})
+
+
 @pytest.mark.parametrize("word", preflight.CHOOSING_WORDS)
 def test_who_has_chosen_a_way_to_start_processes_by_an_option_is_not_refused(word: bytes) -> None:
     _require([b"mpirun", word, b"fork", b"x"], SLURM)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import re
 import socket
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.host import Host
 from tests.support.oci import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image, descriptor, digest_of
 from tests.support.polling import wait_until
 
@@ -31,12 +35,23 @@ class Registry:
     process: subprocess.Popen[bytes]
     user: str = ""
     password: str = ""
+    host: Host | None = None
+    listens_on: str = "127.0.0.1"
 
     @classmethod
     def start(
-        cls, root: Path, *, user: str = "", password: str = "", certificate: Path | None = None, key: Path | None = None
+        cls,
+        root: Path,
+        *,
+        user: str = "",
+        password: str = "",
+        certificate: Path | None = None,
+        key: Path | None = None,
+        host: Host | None = None,
+        address: str = "127.0.0.1",
     ) -> Self:
-        """Start it and wait until it answers; with `user`, only to those who log in; with `certificate`, over TLS."""
+        """Start it and wait until it answers; with `user`, only to those who log in; with `certificate`, over TLS; with
+        `host`, there, where nothing can be pushed from here."""
         root.mkdir(parents=True, exist_ok=True)
         for _ in range(5):
             port = _free_port()
@@ -44,27 +59,30 @@ class Registry:
                 "version": 0.1,
                 "log": {"level": "warn"},
                 "storage": {"filesystem": {"rootdirectory": str(root / "storage")}, "delete": {"enabled": True}},
-                "http": {"addr": f"127.0.0.1:{port}"},
+                "http": {"addr": f"{address}:{port}"},
             }
             if user:
                 (root / "htpasswd").write_text(f"{user}:{_bcrypt(password)}\n")
                 config["auth"] = {"htpasswd": {"realm": "hpcctr test", "path": str(root / "htpasswd")}}
             if certificate is not None:
                 config["http"] = {
-                    "addr": f"127.0.0.1:{port}",
+                    "addr": f"{address}:{port}",
                     "tls": {"certificate": str(certificate), "key": str(key)},
                 }
             # JSON is YAML.
             (root / "config.yml").write_text(json.dumps(config))
             with (root / "log").open("wb") as log:
+                command = ["docker-registry", "serve", str(root / "config.yml")]
                 process = subprocess.Popen(
-                    ["docker-registry", "serve", str(root / "config.yml")],
+                    command if host is None else host.argv(command),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                 )
-            registry = cls(root=root, port=port, process=process, user=user, password=password)
+            registry = cls(
+                root=root, port=port, process=process, user=user, password=password, host=host, listens_on=address
+            )
             wait_until(lambda r=registry: r.process.poll() is not None or r._answers(), what=registry._log)  # type: ignore[misc]
             if process.poll() is None:
                 return registry
@@ -72,7 +90,12 @@ class Registry:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.listens_on}:{self.port}"
+
+    def requests(self, path: str) -> dict[str, int]:
+        """What is below a path to how often it was asked for with success, by the registry's own access log."""
+        found = re.findall(rf'"GET {re.escape(path)}(\S+) HTTP/[\d.]+" 20[06] ', (self.root / "log").read_text())
+        return dict(Counter(found))
 
     def push_image(self, repository: str, tag: str, image: Image | Sequence[Image]) -> str:
         """Put an image, or an index of several by platform, under a tag. Its digest."""
@@ -140,6 +163,9 @@ class Registry:
         return content, response.headers
 
     def _answers(self) -> bool:
+        if self.host is not None:
+            code = f"import socket; socket.create_connection(({self.listens_on!r}, {self.port}))"
+            return self.host.run([sys.executable, "-c", code], check=False).returncode == 0
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 

@@ -101,7 +101,7 @@ class ArchiveFiles:
         place = self._find(path)
         if place is None:
             return None
-        return io.BufferedReader(_Slice(_require_file(self._path), *place), CHUNK)
+        return io.BufferedReader(Slice(_require_file(self._path), *place), CHUNK)
 
     def _find(self, path: str) -> tuple[int, int] | None:
         place: tuple[int, int] | str | None = _normal(path)
@@ -323,12 +323,13 @@ class _FileCursor:
         return self.position <= self._size
 
 
-class _Slice(io.RawIOBase):
-    """A part of a file, as a file."""
+class Slice(io.RawIOBase):
+    """A part of a file, as a file. ``fileno`` is that of the whole one."""
 
     def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
         self._file = file
         self._left = size
+        self.offset, self.size = offset, size
         file.seek(offset)
 
     def readable(self) -> bool:
@@ -339,6 +340,9 @@ class _Slice(io.RawIOBase):
         count = self._file.readinto(view) if len(view) else 0
         self._left -= count
         return count
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def close(self) -> None:
         self._file.close()

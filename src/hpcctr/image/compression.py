@@ -15,6 +15,8 @@ from hpcctr.errors import ImageBroken
 
 #: Bytes read and handed on at once.
 CHUNK = 1 << 20
+#: Bytes of a gzip member that are decompressed first.
+_FIRST_STEP = 1 << 12
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 #: RFC 8878 section 3.1.2: skippable frames, which may come first.
@@ -78,13 +80,21 @@ def _gunzip(source: _Headed, what: str) -> Iterator[bytes]:
     member = IgzipDecompressor(DECOMP_GZIP)
     begun = False
     while raw := source.read(CHUNK):
-        while raw:
-            if not begun and not (raw := raw.lstrip(b"\0")):
+        at, step = 0, _FIRST_STEP
+        while at < len(raw):
+            # What is left after a member is copied: a blob of tiny members would be copied again and again.
+            piece = raw[at : at + step]
+            if not begun:
                 # gzip(1) pads with zeros on tapes; anything else after a member must be the next one.
-                break
+                at += len(piece) - len(piece.lstrip(b"\0"))
+                piece = piece.lstrip(b"\0")
+                if not piece:
+                    continue
             begun = True
+            at += len(piece)
+            step = min(step * 16, CHUNK)
             try:
-                out = member.decompress(raw, CHUNK)
+                out = member.decompress(piece, CHUNK)
                 if out:
                     yield out
                 while not member.eof and not member.needs_input:
@@ -93,9 +103,9 @@ def _gunzip(source: _Headed, what: str) -> Iterator[bytes]:
                         yield out
             except (IsalError, EOFError) as error:  # type: ignore[misc] # its stub calls the class an instance
                 raise ImageBroken(f"{what} is not valid gzip: {error}") from None
-            raw = b""
             if member.eof:
-                raw, begun = member.unused_data, False
+                at -= len(member.unused_data)
+                begun, step = False, _FIRST_STEP
                 member = IgzipDecompressor(DECOMP_GZIP)
     if begun:
         raise ImageBroken(f"{what} is cut off: its gzip data does not end")

@@ -17,10 +17,14 @@ from hpcctr.image.tree import Directory, Leaf, Tree, split
 
 #: Entries an image may have in all its layers together, and nodes in its tree.
 ENTRIES_MAX = 8_000_000
-#: Bytes of all layers together, uncompressed.
+#: Bytes of all files of all layers together.
 CONTENT_MAX = 2**40
+#: The same with headers and padding.
+UNCOMPRESSED_MAX = CONTENT_MAX + 2**36
 #: Bytes of all names, link targets and extended attributes together: they are held in memory.
 NAMES_MAX = 2**30
+#: What an extended attribute takes beside its name and value.
+_XATTR = 128
 _OPAQUE = b".wh..wh..opq"
 _WHITEOUT = b".wh."
 #: What aufs kept for itself begins so.
@@ -35,22 +39,31 @@ class LayerMerge:
         self._entries = 0
         self._names = 0
         self._content = 0
+        self._uncompressed = 0
         self._layers = 0
 
     def apply(self, chunks: Iterator[bytes], what: str) -> None:
         """Read one uncompressed layer to its end. Raises :class:`ImageBroken`; ``what`` names the layer."""
         self.tree.begin_layer(self._layers)
         self._layers += 1
-        stream = ByteStream(chunks)
+        stream = ByteStream(self._bounded(chunks))
         for entry in tarstream.entries(stream, what):
             self._entries += 1
             self._names += len(entry.name) + len(entry.link)
             if entry.kept_xattrs:
-                self._names += sum(len(key) + len(value) for key, value in entry.kept_xattrs.items())
+                self._names += sum(_XATTR + len(key) + len(value) for key, value in entry.kept_xattrs.items())
             self._content += entry.size
             self._put(entry, what)
             self._require_within_limits()
         stream.drain()
+
+    def _bounded(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Also what no entry speaks of costs time: padding, and whatever follows the archive's end."""
+        for chunk in chunks:
+            self._uncompressed += len(chunk)
+            if self._uncompressed > UNCOMPRESSED_MAX:
+                raise _too_large(UNCOMPRESSED_MAX)
+            yield chunk
 
     def _require_within_limits(self) -> None:
         if max(self._entries, self.tree.made) > ENTRIES_MAX:
@@ -60,7 +73,7 @@ class LayerMerge:
         if self._names > NAMES_MAX:
             raise ImageBroken(f"the image has more than {NAMES_MAX} bytes of names and attributes")
         if self._content > CONTENT_MAX:
-            raise ImageBroken(f"the image has more than {CONTENT_MAX} bytes", hint="split the data set from the image")
+            raise _too_large(CONTENT_MAX)
 
     def _put(self, entry: Entry, what: str) -> None:
         tree = self.tree
@@ -124,3 +137,7 @@ class LayerMerge:
                 f"{what} has a hard link {printable(entry.name)} to {printable(entry.link)}, which is {problem}"
             )
         return target
+
+
+def _too_large(limit: int) -> ImageBroken:
+    return ImageBroken(f"the image has more than {limit} bytes", hint="split the data set from the image")

@@ -8,19 +8,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from hpcctr.image.claims import Watch
+
 #: Seconds between two reports.
 _EVERY = 0.1
 
-Stage = Literal["download", "read", "write"]
+Stage = Literal["download", "read", "write", "wait"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Who does the work this process waits for: host and pid, since when on that host's clock, for how many seconds,
+    and the worker's own stage, empty at its beginning."""
+
+    host: str
+    pid: int
+    since: str
+    elapsed: float
+    stage: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a pull is: compressed bytes downloaded, compressed bytes of layers read, bytes of files written."""
+    """Where a pull is: compressed bytes downloaded, compressed bytes of layers read, bytes of files written; or, when
+    another process does it (``wait``), where that one is."""
 
     stage: Stage
     done: int
     total: int
+    waiting: Waiting | None = None
 
 
 class ProgressReport:
@@ -50,6 +66,26 @@ class ProgressReport:
         """All of a stage is done."""
         total = self._state.get(stage, (0, 0))[1]
         self._progress(Progress(stage=stage, done=total, total=total))
+
+    def waiting(self, watch: Watch) -> None:
+        """Another process does the work."""
+        worker, beat = watch.worker, watch.beat
+        if worker is None:
+            return
+        self._progress(
+            Progress(
+                stage="wait",
+                done=beat.done if beat else 0,
+                total=beat.total if beat else 0,
+                waiting=Waiting(
+                    host=worker.host,
+                    pid=worker.pid,
+                    since=worker.since,
+                    elapsed=beat.elapsed if beat else 0.0,
+                    stage=beat.stage if beat else "",
+                ),
+            )
+        )
 
     def _set(self, stage: Stage, done: int, total: int) -> None:
         self._state[stage] = (done, total)

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import msgspec
 
-from hpcctr.errors import HpcctrError, ImageNotInStore, StoreUnusable
+from hpcctr.errors import ImageNotInStore, StoreUnusable
 from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
+from hpcctr.image.stale import looked_up_again
 from hpcctr.image.store import IMAGE_FILE, RECORD_FILE, SCHEMA, Store
 
 _READABLE = 0o755
 #: Meanings of a name that are remembered.
 _HISTORY_MAX = 100
-#: Seconds after which an unfinished pull in tmp/ has surely been abandoned.
-_ABANDONED_AFTER = 7 * 24 * 3600
 
 
 def require_writable(path: str) -> None:
@@ -37,10 +36,12 @@ def require_writable(path: str) -> None:
         (path, 0o755),
         (f"{path}/images", 0o755),
         (f"{path}/names", 0o755),
+        (f"{path}/claims", 0o700),
+        (f"{path}/blobs", 0o700),
         (os.path.join(path, "tmp"), 0o700),
     ):
         try:
-            _make_directories("/", directory, mode)
+            looked_up_again(lambda directory=directory, mode=mode: _make_directories("/", directory, mode))  # type: ignore[misc]
         except OSError as error:
             raise store_unusable(directory, error) from None
         if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
@@ -52,8 +53,7 @@ def require_writable(path: str) -> None:
 @contextlib.contextmanager
 def workspace(store: Store) -> Iterator[str]:
     """A directory below the store's tmp/ that only this uid can enter, gone afterwards whatever happens."""
-    _drop_abandoned(store)
-    path = _temporary(store, "pull")
+    path = temporary_path(store, "pull")
     try:
         os.mkdir(path, 0o700)
     except OSError as error:
@@ -82,7 +82,7 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         _flush(made)
         if not store.is_whole(record.digest):
             # Something damaged is in its place, or nothing.
-            _remove_image(store, record.digest)
+            remove_image(store, record.digest)
         try:
             os.rename(made, target)
         except OSError as error:
@@ -94,6 +94,19 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
     return store.image(record.digest)
 
 
+def is_intact(image: StoredImage) -> bool:
+    """Whether the file is, byte for byte, what was published. Reads all of it."""
+    try:
+        with open(image.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise store_unusable(image.path, error) from None
+    return (size, digest) == (image.record.file_size, image.record.file_digest)
+
+
 def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, source: str = "") -> None:
     """Let ``named`` mean ``digest`` from now on. A name that means it already, from the same source, keeps its
     record."""
@@ -103,10 +116,10 @@ def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, sou
     entry = NameEntry(digest=digest, since=now(), source=source)
     history = (entry, *(earlier.history if earlier else ()))[:_HISTORY_MAX]
     path = store.name_file(named, platform)
-    temporary = _temporary(store, "name")
+    temporary = temporary_path(store, "name")
     record = NameRecord(schema=SCHEMA, name=str(named), history=history)
     try:
-        _make_directories(store.path, os.path.dirname(path))
+        looked_up_again(lambda: _make_directories(store.path, os.path.dirname(path)))
         _write(temporary, msgspec.json.format(msgspec.json.encode(record), indent=1))
         try:
             os.rename(temporary, path)
@@ -152,7 +165,7 @@ def remove(store: Store, text: str, platform: Platform | None = None) -> Removed
         _unlink_name(store, store.name_file(ImageRef.parse(name), its_platform))
     gone, freed = [], 0
     for digest in sorted(digests):
-        size = _remove_image(store, digest)
+        size = remove_image(store, digest)
         if size is not None:
             gone.append(digest)
             freed += size
@@ -179,11 +192,11 @@ def _unlink_name(store: Store, path: str) -> None:
             raise store_unusable(path, error) from None
 
 
-def _remove_image(store: Store, digest: str) -> int | None:
+def remove_image(store: Store, digest: str) -> int | None:
     """The size of the removed file; None when there was none. The directory leaves by one rename, so nobody finds
     half of it."""
     directory = store.image_directory(digest)
-    going = _temporary(store, "gone")
+    going = temporary_path(store, "gone")
     try:
         size = os.stat(f"{directory}/{IMAGE_FILE}").st_size
     except OSError:
@@ -199,7 +212,7 @@ def _remove_image(store: Store, digest: str) -> int | None:
     return size
 
 
-def _temporary(store: Store, what: str) -> str:
+def temporary_path(store: Store, what: str) -> str:
     """A new path below tmp/ that nobody else uses."""
     return os.path.join(store.path, "tmp", f"{what}-{os.getpid()}-{secrets.token_hex(8)}")
 
@@ -233,14 +246,3 @@ def _flush(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _drop_abandoned(store: Store) -> None:
-    """What pulls that were killed left in tmp/ a week ago."""
-    with contextlib.suppress(OSError, HpcctrError):
-        for entry in os.scandir(os.path.join(store.path, "tmp")):
-            if entry.stat(follow_symlinks=False).st_mtime < time.time() - _ABANDONED_AFTER:
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                else:
-                    os.unlink(entry.path)

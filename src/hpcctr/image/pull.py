@@ -1,54 +1,48 @@
 """Pulling: from a reference to an image in the store.
 
-Find the image in its source, verify and merge its layers, write the image file, publish, name. Downloads run beside
-the merging, at most four at once. Nothing is published unless every digest agreed; what is unfinished is removed,
-also when the pull is interrupted or terminated."""
+Find the image in its source; if the store lacks it, one process of all that want it brings it, on whatever node
+(:mod:`hpcctr.image.claims`): it downloads, verifies, converts and publishes, while the others wait and watch. Then the
+name. Nothing is published unless every digest agreed; what is unfinished is removed, also when the pull is interrupted
+or terminated. Runs as whoever owns the store, and needs no root."""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from hpcctr.errors import ConversionFailed, UsageWrong
+from hpcctr.errors import ConversionFailed, PlatformMissing, UsageWrong
+from hpcctr.image import blobs, claims
 from hpcctr.image.archive import find_image, open_files
-from hpcctr.image.compression import CHUNK, Blob, decompressed, prefetched
-from hpcctr.image.convert import ImageFile, find_tool, inode_count, write_squashfs
-from hpcctr.image.layers import LayerMerge
-from hpcctr.image.platform import of_this_node
+from hpcctr.image.conversion import OpenBlob, convert
+from hpcctr.image.convert import ImageFile, find_tool
+from hpcctr.image.gc import drop_unfinished
+from hpcctr.image.platform import acceptable, of_this_node
 from hpcctr.image.progress import Progress as Progress
 from hpcctr.image.progress import ProgressReport
-from hpcctr.image.publish import now, publish, set_name, workspace
+from hpcctr.image.publish import is_intact, now, publish, remove_image, set_name, workspace
 from hpcctr.image.record import ImageRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef
-from hpcctr.image.source import LayerBlob, SourceImage
+from hpcctr.image.source import SourceImage
 from hpcctr.image.store import IMAGE_FILE, SCHEMA, Store, source_text
-from hpcctr.image.treestream import MergeFacts, write_tree
-from hpcctr.image.verification import Verification, VerifiedReader
-from hpcctr.site import RegistrySettings, Site
-
-if TYPE_CHECKING:
-    from hpcctr.image.registry import RegistrySource
-
-_DOWNLOADS = 4
-
-OpenBlob = Callable[[LayerBlob], Blob]
+from hpcctr.image.treestream import MergeFacts
+from hpcctr.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class PullResult:
     """What a pull came to. ``name`` is what ``hpcctr run`` takes; ``was_stored`` when the store had the image
-    already."""
+    already, ``brought_here`` when this process brought it and no other."""
 
     image: StoredImage
     name: str
     was_stored: bool
+    brought_here: bool
 
 
 def pull(
@@ -57,9 +51,17 @@ def pull(
     site: Site,
     platform: Platform | None = None,
     name: str | None = None,
+    source: str = "",
+    verify: bool = False,
+    worker: socket.socket | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> PullResult:
     """Bring an image into the site's store, under its own name or under ``name``.
+
+    However many processes do this at once, one brings the image. With ``verify`` a stored image is compared with its
+    digest, and brought anew when it is damaged. ``source`` is what records say of where it came from, where ``ref``
+    does not tell. ``worker`` is the socket of a converter that somebody else has started
+    (:func:`hpcctr.image.conversion.convert`); it is used up when this process brings the image, else left open.
 
     Raises :class:`RegistryFailed`, :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`,
     :class:`ConversionFailed`, :class:`StoreUnusable`, :class:`ReferenceWrong`, :class:`UsageWrong`.
@@ -68,21 +70,103 @@ def pull(
     named = _name(ref, name)
     wanted = platform or of_this_node()
     store = Store.open(site.store, writable=True)
-    report = ProgressReport(progress)
-    with (
-        _ended_orderly(),
-        workspace(store) as directory,
-        _opened(ref, site, directory, report) as source,
-    ):
-        image = source.find(wanted)
-        was_stored = store.is_whole(image.digest)
+    origin = source or source_text(ref)
+    with _ended_orderly(), _opened(ref, site, store, wanted) as opened:
+        damaged = _damaged_file(store, opened.digest) if verify else None
+        work = _Work(opened, store, named, origin, damaged, worker, progress)
+        was_stored, brought_here = work.is_done(False), False
         if not was_stored:
             find_tool()
-            with source.layers(image) as open_blob:
-                file, facts = _convert(image, open_blob, directory, report)
-            publish(store, _record(ref, image, file, facts), file.path)
-        set_name(store, named, image.platform, image.digest, source_text(ref))
-    return PullResult(image=store.image(image.digest, name=str(named)), name=str(named), was_stored=was_stored)
+            brought_here = claims.once(
+                claims.directory_of(store.path, opened.digest),
+                is_done=work.is_done,
+                work=work.bring,
+                waiting=ProgressReport(progress).waiting,
+                now=now,
+            )
+        image = store.image(opened.digest, name=str(named))
+        if image.record.platform not in acceptable(wanted):
+            raise PlatformMissing(
+                f"{ref.familiar} is for {image.record.platform}, not for {wanted}",
+                hint=f"hpcctr pull --platform {image.record.platform} {ref.familiar}",
+            )
+        set_name(store, named, image.record.platform, image.record.digest, origin)
+    return PullResult(image=image, name=str(named), was_stored=was_stored, brought_here=brought_here)
+
+
+class _Work:
+    """What one process does for all that want the image."""
+
+    def __init__(
+        self,
+        source: _Source,
+        store: Store,
+        named: ImageRef,
+        origin: str,
+        damaged: tuple[int, int] | None,
+        converter: socket.socket | None,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._source = source
+        self._named = named
+        self._origin = origin
+        self._store = store
+        self._damaged = damaged
+        self._converters = [converter]
+        self._progress = progress
+
+    def is_done(self, afresh: bool) -> bool:
+        """Whether the store has the image, and not the damaged file that is to be replaced."""
+        if afresh:
+            # NFS clients remember for a minute what was not there (nfs(5), lookupcache); reading the directory ends it.
+            with contextlib.suppress(OSError):
+                os.listdir(f"{self._store.path}/images")
+        return self._store.is_whole(self._source.digest) and not self._is_damaged()
+
+    def bring(self, claim: claims.Claim) -> None:
+        """Download, convert, publish."""
+        if not self._converters:
+            raise ConversionFailed(
+                "this process stood still while it converted, and its converter has ended", hint="pull again"
+            )
+
+        def tell(step: Progress) -> None:
+            claim.tell(step.stage, step.done, step.total)
+            self._progress(step)
+
+        drop_unfinished(self._store)
+        report = ProgressReport(tell)
+        image = self._source.image()
+        with workspace(self._store) as directory, self._source.layers(image, claim, report) as open_blob:
+            converter = self._converters[0]
+            if converter is not None:
+                self._converters.clear()
+            file, facts = convert(image, open_blob, directory, report, worker=converter)
+            claim.require_held()
+            if self._is_damaged():
+                remove_image(self._store, image.digest)
+            publish(self._store, _record(self._origin, image, file, facts), file.path)
+            # Here already, and not only by everybody afterwards: most of those who wait have the same name for it.
+            set_name(self._store, self._named, image.platform, image.digest, self._origin)
+        blobs.drop(blobs.directory_of(self._store.path, image.digest))
+
+    def _is_damaged(self) -> bool:
+        return self._damaged is not None and _file(self._store, self._source.digest) == self._damaged
+
+
+def _damaged_file(store: Store, digest: str) -> tuple[int, int] | None:
+    """The stored image file when it is not, byte for byte, what was published."""
+    file = _file(store, digest)
+    return file if store.is_whole(digest) and not is_intact(store.image(digest)) else None
+
+
+def _file(store: Store, digest: str) -> tuple[int, int] | None:
+    """What tells an image file from another one in its place."""
+    try:
+        status = os.stat(f"{store.image_directory(digest)}/{IMAGE_FILE}")
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _name(ref: ImageRef, name: str | None) -> ImageRef:
@@ -101,108 +185,42 @@ def _name(ref: ImageRef, name: str | None) -> ImageRef:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A registry or a file: how to find an image in it, and how to get at its layers."""
+    """A registry or a file in which the image was located: its digest, what it is, and how to get at its layers."""
 
-    find: Callable[[Platform], SourceImage]
-    layers: Callable[[SourceImage], contextlib.AbstractContextManager[OpenBlob]]
+    digest: str
+    image: Callable[[], SourceImage]
+    layers: Callable[[SourceImage, claims.Claim, ProgressReport], contextlib.AbstractContextManager[OpenBlob]]
 
 
 @contextlib.contextmanager
-def _opened(ref: ImageRef, site: Site, directory: str, report: ProgressReport) -> Iterator[_Source]:
+def _opened(ref: ImageRef, site: Site, store: Store, wanted: Platform) -> Iterator[_Source]:
     if ref.is_file:
-        files = open_files(ref, directory)
-        yield _Source(
-            find=lambda wanted: find_image(files, ref, wanted),
-            layers=lambda _: contextlib.nullcontext(files.open_layer),
-        )
+        with workspace(store) as directory:
+            files = open_files(ref, directory)
+            image = find_image(files, ref, wanted)
+            yield _Source(
+                digest=image.digest,
+                image=lambda: image,
+                layers=lambda *_: contextlib.nullcontext(files.open_layer),
+            )
         return
     # requests and oras cost half a second: files do without.
-    from hpcctr.image.registry import RegistrySource as Source
+    from hpcctr.image.registry import RegistrySource
 
-    with Source(ref, site.registry.get(ref.registry, RegistrySettings())) as registry:
-        yield _Source(find=registry.find, layers=lambda image: _downloaded(registry, image, directory, report))
+    with RegistrySource(ref, site.registry) as registry:
+        found = registry.locate(wanted)
 
+        def layers(
+            image: SourceImage, claim: claims.Claim, report: ProgressReport
+        ) -> contextlib.AbstractContextManager[OpenBlob]:
+            count = report.counter("download", sum({layer.digest: layer.size for layer in image.layers}.values()))
+            directory = blobs.directory_of(store.path, image.digest)
+            return blobs.downloaded(registry, image.layers, directory, claim.worker.token, count)
 
-@contextlib.contextmanager
-def _downloaded(
-    registry: RegistrySource, image: SourceImage, directory: str, report: ProgressReport
-) -> Iterator[OpenBlob]:
-    """Downloads all layers beside what the caller does; a layer opens once it is there and verified."""
-    stop = threading.Event()
-    count = report.counter("download", sum({layer.digest: layer.size for layer in image.layers}.values()))
-
-    def download(layer: LayerBlob, path: str) -> str:
-        registry.download(layer, path, stop=stop, progress=count)
-        return path
-
-    with ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="download") as pool:
-        paths: dict[str, Future[str]] = {}
-        for number, layer in enumerate(image.layers):
-            if layer.digest not in paths:
-                paths[layer.digest] = pool.submit(download, layer, f"{directory}/layer-{number}")
-        try:
-            yield lambda layer: io.FileIO(paths[layer.digest].result())
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+        yield _Source(digest=found.digest, image=lambda: registry.image(found, wanted), layers=layers)
 
 
-# conversion
-
-
-def _convert(
-    image: SourceImage, open_blob: OpenBlob, directory: str, report: ProgressReport
-) -> tuple[ImageFile, MergeFacts]:
-    merge = LayerMerge()
-    read = report.counter("read", sum(max(layer.size, 0) for layer in image.layers))
-    for number, layer in enumerate(image.layers):
-        what = f"layer {number + 1}"
-        chunks = prefetched(_verified(layer, open_blob, what, read))
-        merge.apply(_checked(chunks, Verification(layer.diff_id, -1, f"{what}, uncompressed,")), what)
-
-    def again(number: int) -> Iterator[bytes]:
-        layer, what = image.layers[number], f"layer {number + 1}"
-        chunks = prefetched(_verified(layer, open_blob, what, lambda _: None))
-        return chunks if layer.digest else _checked(chunks, Verification(layer.diff_id, -1, what))
-
-    def produce(write: Callable[[bytes], object]) -> MergeFacts:
-        return write_tree(merge.tree, len(image.layers), again, write, report.absolute("write"))
-
-    file, facts = write_squashfs(directory, produce)
-    written = inode_count(file.path)
-    if written != facts.inodes:
-        raise ConversionFailed(
-            f"the image file has {written} inodes, the image {facts.inodes}",
-            hint="install another version of squashfs-tools-ng",
-        )
-    report.finish("write")
-    return file, facts
-
-
-def _verified(layer: LayerBlob, open_blob: OpenBlob, what: str, count: Callable[[int], None]) -> Iterator[bytes]:
-    """A layer's uncompressed bytes; its blob is read to the end and agrees with the manifest, or this raises.
-
-    ``count`` is told how many bytes of the blob were read, where the source says how many there are.
-    """
-    with contextlib.closing(open_blob(layer)) as blob:
-        if not layer.digest:
-            yield from decompressed(blob, what)
-            return
-        reader = VerifiedReader(blob, Verification(layer.digest, layer.size, what), count)
-        yield from decompressed(reader, what)
-        # A decompressor may stop at the end of its data; digest and size are of the whole blob.
-        while reader.read(CHUNK):
-            pass
-
-
-def _checked(chunks: Iterator[bytes], check: Verification) -> Iterator[bytes]:
-    for chunk in chunks:
-        check.add(chunk)
-        yield chunk
-    check.require_agreement()
-
-
-def _record(ref: ImageRef, image: SourceImage, file: ImageFile, facts: MergeFacts) -> ImageRecord:
+def _record(origin: str, image: SourceImage, file: ImageFile, facts: MergeFacts) -> ImageRecord:
     return ImageRecord(
         schema=SCHEMA,
         digest=image.digest,
@@ -214,7 +232,7 @@ def _record(ref: ImageRef, image: SourceImage, file: ImageFile, facts: MergeFact
         content_size=facts.content_size,
         entries=facts.entries,
         created=now(),
-        source=source_text(ref),
+        source=origin,
         passwd=facts.passwd,
         group=facts.group,
         changed=facts.changed,

@@ -93,3 +93,12 @@ class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     #: The name it was found by; the digest itself when it was asked for by digest.
     name: str
+    #: In a user's own part of the store: what it is named says nothing about where it came from.
+    is_private: bool = False
+
+    @property
+    def policy_name(self) -> str:
+        """What rules know it by. No name of the shared store begins so: its first part has a dot, a colon or is
+        localhost.
+        """
+        return f"private/{self.name}" if self.is_private else self.name

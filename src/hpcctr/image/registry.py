@@ -1,295 +1,253 @@
-"""Images of a registry: OCI distribution-spec, pull only. Protocol words and credentials come from the ``oras``
-library.
+"""Images of a registry: OCI distribution-spec, pull only, from the site's mirrors first.
 
 HTTPS, except for loopback addresses and registries the site allows plain HTTP for. Every wait has an end; every
-refusal is one :class:`hpcctr.errors.RegistryFailed` that says who refused what and why, in the registry's words."""
+refusal is one :class:`hpcctr.errors.RegistryFailed` that says who refused what and why, in the registry's words. A
+mirror is trusted with what a tag means, as the site wants it; whatever has a digest is checked against it, and what a
+mirror has not, or has wrong, comes from the next one and at last from the registry itself."""
 
 from __future__ import annotations
 
 import io
-import ipaddress
-import os
-import ssl
-import threading
+import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Self, TypeVar
 
-import msgspec
-import oras.auth
-import oras.container
 import requests
-import requests.adapters
-import urllib3.exceptions
 
 from hpcctr.errors import ImageBroken, RegistryFailed
+from hpcctr.image import refusal
 from hpcctr.image.compression import CHUNK
+from hpcctr.image.endpoint import ATTEMPTS, Endpoint
 from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.record import Platform
-from hpcctr.image.reference import DEFAULT_REGISTRY, ImageRef
+from hpcctr.image.reference import ImageRef
 from hpcctr.image.source import (
     DOCUMENT_MAX,
     INDEX_TYPES,
     MANIFEST_TYPES,
     Descriptor,
+    Found,
     LayerBlob,
     SourceImage,
-    resolve,
+    image_at,
+    locate,
 )
 from hpcctr.image.verification import Verification, sha256_of
 from hpcctr.site import RegistrySettings
 
-#: Seconds to connect, and between two bytes.
-_TIMEOUT = (10, 60)
-_ATTEMPTS = 4
-_DOCKER_HUB = "registry-1.docker.io"
-#: The key under which docker login keeps the credentials of docker.io.
-_DOCKER_HUB_KEY = "https://index.docker.io/v1/"
-_ACCEPT = {"Accept": ", ".join((*INDEX_TYPES, *MANIFEST_TYPES))}
+T = TypeVar("T")
 
-_PLAIN_HTTP = '[registry."{}"] plain-http = true in /etc/hpcctr/site.toml'
-_LOGIN_HINT = "docker login {host}, or podman login {host}; the credentials are read from ~/.docker/config.json"
+_ACCEPT = {"Accept": ", ".join((*INDEX_TYPES, *MANIFEST_TYPES))}
+#: Bytes that must come within so many seconds: a server that only keeps the line busy is left and asked again.
+_PACE = (30 * 1024, 30.0)
+#: Bytes after which a transfer that broke counts as a new first attempt.
+_PROGRESS = 1 << 20
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-")
 
 
 class RegistrySource:
     """One repository of a registry."""
 
-    def __init__(self, ref: ImageRef, settings: RegistrySettings) -> None:
+    def __init__(self, ref: ImageRef, settings: Mapping[str, RegistrySettings]) -> None:
+        """``settings`` are the site's, by registry. Raises :class:`RegistryFailed` for a CA that cannot be read."""
         self._ref = ref
-        self._host = _DOCKER_HUB if ref.registry == DEFAULT_REGISTRY else ref.registry
         self._name = ref.familiar
-        self._session = _session(self._host)
-        self._auth: Any = None
-        self._auth_lock = threading.Lock()
-        self._scheme = "http" if settings.plain_http else "https"
-        self._may_fall_back = is_loopback(ref.registry) and not settings.plain_http
-        self._container = oras.container.Container(f"{self._host}/{ref.repository}:{ref.tag or 'latest'}")
+        mine = settings.get(ref.registry, RegistrySettings())
+        self._endpoints = [
+            Endpoint(place, ref.repository, settings.get(place.partition("/")[0], RegistrySettings()))
+            for place in mine.mirrors
+        ] + [Endpoint(ref.registry, ref.repository, mine)]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._session.close()
+        for endpoint in self._endpoints:
+            endpoint.close()
 
-    def find(self, wanted: Platform) -> SourceImage:
-        """The image for ``wanted``. Raises :class:`RegistryFailed`, :class:`NotAnImage`, :class:`PlatformMissing`,
-        :class:`ImageBroken`."""
-        content, said = self._manifest(self._ref.digest or self._ref.tag)
-        digest = sha256_of(content)
-        if self._ref.digest and digest != self._ref.digest:
-            raise ImageBroken(f"registry {self._ref.registry} answers {self._name} with a manifest of digest {digest}")
-        if said.startswith("sha256:") and said != digest:
-            raise ImageBroken(f"registry {self._ref.registry} announces {said}, its manifest has the digest {digest}")
-        return resolve(self, content, digest, wanted, self._name)
+    def abort(self) -> None:
+        """End every download, in whatever thread it is."""
+        for endpoint in self._endpoints:
+            endpoint.abort()
+
+    def locate(self, wanted: Platform) -> Found:
+        """Which image ``wanted`` gets. No blob is read for that, unless an index does not say what is for whom.
+
+        Raises :class:`RegistryFailed`, :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`."""
+        content, digest = self._first(self._top)
+        return locate(self, content, digest, wanted, self._name)
+
+    def image(self, found: Found, wanted: Platform) -> SourceImage:
+        """What the located image consists of. Raises as :meth:`locate` does."""
+        return image_at(self, found, wanted, self._name)
 
     def document(self, descriptor: Descriptor) -> bytes:
         """See :class:`hpcctr.image.source.BlobSource`."""
-        if descriptor.media_type in (*INDEX_TYPES, *MANIFEST_TYPES):
-            return self._manifest(descriptor.digest)[0]
-        return self._small(self._container.get_blob_url(descriptor.digest), {}, f"blob {descriptor.digest}")[0]
 
-    def download(self, layer: LayerBlob, path: str, *, stop: threading.Event, progress: Callable[[int], None]) -> None:
-        """Write a layer's compressed bytes to ``path``, verified. A connection that breaks is taken up again where it
-        broke.
+        def fetch(endpoint: Endpoint) -> bytes:
+            if descriptor.media_type in (*INDEX_TYPES, *MANIFEST_TYPES):
+                url, headers, what = endpoint.manifest_url(descriptor.digest), _ACCEPT, self._name
+            else:
+                url, headers, what = endpoint.blob_url(descriptor.digest), {}, f"blob {descriptor.digest}"
+            content = endpoint.document(url, headers, what, DOCUMENT_MAX)[0]
+            check = Verification(descriptor.digest, descriptor.size, f"{what} of {endpoint.name}")
+            check.add(content)
+            check.require_agreement()
+            return content
 
-        Raises :class:`RegistryFailed`, :class:`ImageBroken`, :class:`StoreUnusable`; returns early once ``stop`` is
-        set."""
-        check = Verification(layer.digest, layer.size, f"blob {layer.digest} of {self._name}")
-        what = f"blob {layer.digest}"
-        url = self._container.get_blob_url(layer.digest)
+        return self._first(fetch)
+
+    def download(self, layer: LayerBlob, path: str, *, progress: Callable[[int], None]) -> None:
+        """Write a layer's compressed bytes to the new file ``path``, verified. A connection that breaks is taken up
+        again where it broke.
+
+        Raises :class:`RegistryFailed`, :class:`ImageBroken`, :class:`StoreUnusable`; returns early after
+        :meth:`abort`."""
         try:
             file = io.FileIO(path, "x")
         except OSError as error:
             raise store_unusable(path, error) from None
         with file:
-            for attempt in range(_ATTEMPTS):
-                try:
-                    with self._get(url, {"Range": f"bytes={check.count}-"} if check.count else {}, what) as response:
-                        if check.count and response.status_code != 206:
-                            # Everything comes from the beginning once more: what was verified so far is passed over.
-                            _discard(response, check.count)
-                        while not stop.is_set() and (chunk := response.raw.read(CHUNK)):
-                            check.add(chunk)
-                            _write(file, chunk, path)
-                            progress(len(chunk))
-                    if stop.is_set():
-                        return
-                    if layer.size < 0 or check.count >= layer.size:
-                        break
-                except (
-                    urllib3.exceptions.HTTPError,
-                    requests.RequestException,
-                    ConnectionError,
-                    TimeoutError,
-                ) as error:
-                    if attempt == _ATTEMPTS - 1:
-                        raise self._unreachable(error) from None
-                # The server ended early: a short breath, then the rest.
-                stop.wait(2**attempt / 4)
-        check.require_agreement()
+            transfer = _Transfer(layer, file, path, self._name, progress)
+            self._first(transfer.run)
 
-    def _manifest(self, tag_or_digest: str) -> tuple[bytes, str]:
-        """A manifest or index, and the digest the registry announces for it."""
-        content, headers = self._small(self._container.manifest_url(tag_or_digest), _ACCEPT, self._name)
-        return content, headers.get("Docker-Content-Digest", "")
+    def _top(self, endpoint: Endpoint) -> tuple[bytes, str]:
+        """The manifest or index the reference names, and its digest."""
+        url = endpoint.manifest_url(self._ref.digest or self._ref.tag)
+        content, headers = endpoint.document(url, _ACCEPT, self._name, DOCUMENT_MAX)
+        said, digest = headers.get("Docker-Content-Digest", ""), sha256_of(content)
+        if self._ref.digest and digest != self._ref.digest:
+            raise ImageBroken(f"registry {endpoint.name} answers {self._name} with a manifest of digest {digest}")
+        if said.startswith("sha256:") and said != digest:
+            raise ImageBroken(f"registry {endpoint.name} announces {said}, its manifest has the digest {digest}")
+        return content, digest
 
-    def _small(self, url: str, headers: Mapping[str, str], what: str) -> tuple[bytes, Mapping[str, str]]:
+    def _first(self, ask: Callable[[Endpoint], T]) -> T:
+        """What the first endpoint gives that has it. The registry's own refusal counts when nobody has."""
+        refusals: list[str] = []
+        *mirrors, registry = self._endpoints
+        for endpoint in mirrors:
+            try:
+                return ask(endpoint)
+            except (RegistryFailed, ImageBroken) as error:
+                refusals.append(f"mirror {error.message.removeprefix('registry ')}")
         try:
-            with self._get(url, headers, what) as response:
-                content = response.raw.read(DOCUMENT_MAX + 1)
-        except (urllib3.exceptions.HTTPError, requests.RequestException) as error:
-            raise self._unreachable(error) from None
-        return content, response.headers
+            return ask(registry)
+        except (RegistryFailed, ImageBroken) as error:
+            if refusals:
+                raise type(error)(f"{error.message}; {'; '.join(refusals)}", hint=error.hint) from None
+            raise
 
-    def _get(self, url: str, headers: Mapping[str, str], what: str) -> requests.Response:
-        response = self._send(url, headers)
-        if response.status_code == 401:
-            with response:
-                self._authenticate(response)
-            response = self._send(url, headers)
-        if response.status_code == 429 and (wait := _seconds(response.headers.get("Retry-After", ""))) is not None:
-            response.close()
-            time.sleep(wait)
-            response = self._send(url, headers)
-        if response.status_code not in (200, 206):
-            with response:
-                raise self._refused(response, what)
-        return response
 
-    def _send(self, url: str, headers: Mapping[str, str]) -> requests.Response:
-        all_headers = {"Accept-Encoding": "identity", **headers, **(self._auth.get_auth_header() if self._auth else {})}
+class _Transfer:
+    """One blob on its way into a file, over as many connections and endpoints as it takes."""
+
+    def __init__(
+        self, layer: LayerBlob, file: io.FileIO, path: str, name: str, progress: Callable[[int], None]
+    ) -> None:
+        self._layer = layer
+        self._file = file
+        self._path = path
+        self._name = name
+        self._progress = progress
+        self._check = self._new_check()
+        self._pieces = 0
+
+    def run(self, endpoint: Endpoint) -> None:
+        """Bring the rest. Raises :class:`RegistryFailed`, :class:`ImageBroken`, :class:`StoreUnusable`."""
         while True:
             try:
-                return self._session.get(f"{self._scheme}://{url}", headers=all_headers, stream=True, timeout=_TIMEOUT)
-            except requests.exceptions.SSLError as error:
-                if not self._may_fall_back:
-                    raise self._unreachable(error) from None
-                self._scheme, self._may_fall_back = "http", False
-            except requests.RequestException as error:
-                raise self._unreachable(error) from None
+                self._bring(endpoint)
+                if not endpoint.is_aborted:
+                    self._check.require_agreement()
+                return
+            except ImageBroken:
+                pieces = self._pieces
+                self._restart()
+                # Pieces of several answers may not belong together; one whole answer that is wrong stays wrong.
+                if pieces <= 1:
+                    raise
 
-    def _authenticate(self, response: requests.Response) -> None:
-        """Answer a 401: a token for a Bearer challenge, anonymous or with credentials; Basic only with credentials."""
-        with self._auth_lock:
-            challenge = response.headers.get("Www-Authenticate", "")
-            backend = "basic" if challenge.lower().startswith("basic") else "token"
-            auth = oras.auth.get_auth_backend(backend, self._session, self._scheme == "http")
-            auth.hostname = self._host
+    def _bring(self, endpoint: Endpoint) -> None:
+        attempt, begun_at = 0, self._check.count
+        while not endpoint.is_aborted:
+            error: Exception = ConnectionError(f"blob {self._layer.digest} ends early, again and again")
             try:
-                auth.load_configs(self._container, configs=_credential_files())
-                if self._host == _DOCKER_HUB:
-                    auth._load_auth(_DOCKER_HUB_KEY)  # noqa: SLF001 - oras looks only for the host's own name
-                if backend == "basic" and not getattr(auth, "_basic_auth", None):
+                self._receive(endpoint)
+                if self._check.count >= self._layer.size:
                     return
-                auth.authenticate_request(response, {})
-            except requests.RequestException as error:
-                raise self._unreachable(error) from None
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                raise RegistryFailed(
-                    f"registry {self._ref.registry}: logging in failed: {error}",
-                    hint="the credentials in ~/.docker/config.json may be damaged: "
-                    + _LOGIN_HINT.format(host=self._ref.registry),
-                ) from None
-            self._auth = auth
+            except refusal.BROKEN as broken:
+                error = broken
+            if endpoint.is_aborted:
+                return
+            if self._check.count - begun_at >= _PROGRESS:
+                attempt, begun_at = 0, self._check.count
+            attempt += 1
+            if attempt >= ATTEMPTS:
+                raise endpoint.unreachable(error) from None
+            endpoint.pause(attempt - 1)
 
-    def _refused(self, response: requests.Response, what: str) -> RegistryFailed:
-        registry = f"registry {self._ref.registry}"
-        said = _words_of(response)
-        status = response.status_code
-        login = _LOGIN_HINT.format(host=self._ref.registry)
-        if status == 401:
-            sent = self._auth is not None and getattr(self._auth, "_basic_auth", None)
-            problem = "does not take the credentials for" if sent else "wants credentials for"
-            return RegistryFailed(f"{registry} {problem} {what}, or has no such image{said}", hint=login)
-        if status == 403:
-            return RegistryFailed(f"{registry} denies {what}{said}", hint=f"ask its owner for access; {login}")
-        if status == 404:
-            return RegistryFailed(
-                f"{registry} has no {what}{said}", hint="look for a typing error in repository and tag"
-            )
-        if status == 429:
-            return RegistryFailed(
-                f"{registry} limits how often it may be asked{said}", hint=f"wait, or log in: {login}"
-            )
-        return RegistryFailed(
-            f"{registry} answers {what} with status {status} {response.reason}{said}", hint="try again later"
-        )
+    def _receive(self, endpoint: Endpoint) -> None:
+        begin = self._check.count
+        headers = {"Range": f"bytes={begin}-"} if begin else {}
+        url = endpoint.blob_url(self._layer.digest)
+        with endpoint.answer(url, headers, f"blob {self._layer.digest}") as response:
+            pace = _Pace()
+            self._pieces += 1
+            if begin and not _begins_at(response, begin):
+                # Everything comes from the beginning once more: what was received so far is passed over.
+                self._pieces -= 1
+                while begin and (chunk := response.raw.read1(min(CHUNK, begin))):
+                    begin -= len(chunk)
+                    pace.require(len(chunk))
+            while not endpoint.is_aborted and (chunk := response.raw.read1(CHUNK)):
+                self._check.add(chunk)
+                _write(self._file, chunk, self._path)
+                self._progress(len(chunk))
+                pace.require(len(chunk))
 
-    def _unreachable(self, error: Exception) -> RegistryFailed:
-        registry = f"registry {self._ref.registry}"
-        text = str(error)
-        proxy = next((value for key, value in self._session.proxies.items() if key == self._scheme), "")
-        through = f" through the proxy {proxy}" if proxy else ""
-        if isinstance(error, requests.exceptions.SSLError):
-            reason = text.rpartition("[SSL")[2].strip("()' ").rpartition("] ")[2] or text
-            return RegistryFailed(
-                f"{registry}: the TLS connection failed: {reason[:200]}",
-                hint="install the registry's CA on this node, or allow plain HTTP: "
-                + _PLAIN_HTTP.format(self._ref.registry),
-            )
-        if isinstance(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
-            return RegistryFailed(
-                f"{registry} does not answer{through}",
-                hint="is the node connected to it? a proxy is set with https_proxy",
-            )
-        if "NameResolutionError" in text or "Name or service not known" in text or "name resolution" in text:
-            return RegistryFailed(
-                f"{registry}: there is no host {self._host.partition(':')[0]}",
-                hint="look for a typing error; is DNS there?",
-            )
-        if "refused" in text:
-            return RegistryFailed(f"{registry} refuses connections{through}", hint="is it running, and the port right?")
-        if "unreachable" in text:
-            return RegistryFailed(
-                f"{registry} cannot be reached{through}: no route",
-                hint="pull on a node with a network route, or set https_proxy",
-            )
-        return RegistryFailed(f"{registry}: the connection broke: {text[:300]}", hint="try again")
+    def _restart(self) -> None:
+        self._progress(-self._check.count)
+        self._check, self._pieces = self._new_check(), 0
+        try:
+            self._file.seek(0)
+            self._file.truncate()
+        except OSError as error:
+            raise store_unusable(self._path, error) from None
+
+    def _new_check(self) -> Verification:
+        layer = self._layer
+        return Verification(layer.digest, layer.size, f"blob {layer.digest} of {self._name}")
 
 
-def is_loopback(registry: str) -> bool:
-    """Whether ``host[:port]`` is this machine itself by its text; no name is looked up."""
-    host = registry[1:].partition("]")[0] if registry.startswith("[") else registry.partition(":")[0]
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+class _Pace:
+    """Tells a slow line from one that only pretends to be alive."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._bytes = 0
+
+    def require(self, count: int) -> None:
+        """Count bytes. Raises requests' ReadTimeout when too few came."""
+        self._bytes += count
+        least, window = _PACE
+        if time.monotonic() - self._since > window:
+            if self._bytes < least:
+                raise requests.exceptions.ReadTimeout(f"{self._bytes} bytes in {window:g} s")
+            self._since, self._bytes = time.monotonic(), 0
+
+
+def _begins_at(response: requests.Response, begin: int) -> bool:
+    """Whether an answer to a Range request is that range (RFC 9110, 14.4) and not everything."""
+    if response.status_code != 206:
         return False
-
-
-class _NoOtherCredentials(requests.auth.AuthBase):
-    """Keeps requests from putting ~/.netrc in the place of the registry's token."""
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        return request
-
-
-def _session(host: str) -> requests.Session:
-    session = requests.Session()
-    session.auth = _NoOtherCredentials()
-    session.headers["User-Agent"] = "hpcctr"
-    if is_loopback(host):
-        session.trust_env = False
-    # The machine's own certificates, where administrators add those of their registries; requests would take certifi's.
-    bundle = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
-    if os.path.exists(bundle):
-        session.verify = bundle
-    return session
-
-
-def _credential_files() -> list[str]:
-    """Where docker and podman keep logins, as far as they exist."""
-    places = [
-        os.path.join(directory, name)
-        for variable, name in (
-            ("XDG_RUNTIME_DIR", "containers/auth.json"),
-            ("DOCKER_CONFIG", "config.json"),
-            ("REGISTRY_AUTH_FILE", ""),
+    said = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    if said is None or int(said[1]) != begin:
+        raise requests.exceptions.ContentDecodingError(
+            f"asked for bytes from {begin}, answered {response.headers.get('Content-Range', 'without a range')[:100]!r}"
         )
-        if (directory := os.environ.get(variable))
-    ]
-    return [path.rstrip("/") for path in places if os.path.isfile(path.rstrip("/"))]
+    return True
 
 
 def _write(file: io.FileIO, chunk: bytes, path: str) -> None:
@@ -299,24 +257,3 @@ def _write(file: io.FileIO, chunk: bytes, path: str) -> None:
             view = view[file.write(view) :]
     except OSError as error:
         raise store_unusable(path, error) from None
-
-
-def _discard(response: requests.Response, count: int) -> None:
-    while count and (chunk := response.raw.read(min(CHUNK, count))):
-        count -= len(chunk)
-
-
-def _words_of(response: requests.Response) -> str:
-    """What the registry says in its error document, in brackets; empty when it says nothing readable."""
-    try:
-        errors = msgspec.json.decode(response.raw.read(65536)).get("errors", [])
-        words = "; ".join(str(error.get("message") or error.get("code")) for error in errors[:3])
-    except Exception:  # noqa: BLE001 - the body of a refusal may be anything
-        return ""
-    words = "".join(character for character in words if character.isprintable())
-    return f" ({words[:300]})" if words else ""
-
-
-def _seconds(text: str) -> int | None:
-    """A wait a person would sit through, or None."""
-    return int(text) if text.isascii() and text.isdigit() and int(text) <= 30 else None

@@ -118,6 +118,15 @@ class SourceImage:
     layers: tuple[LayerBlob, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An image that was located: its digest and its manifest, which is not an image's for certain before its config was
+    read."""
+
+    digest: str
+    manifest: _Manifest
+
+
 class BlobSource(Protocol):
     """Where documents and blobs come from: a registry, a layout, an archive."""
 
@@ -131,7 +140,19 @@ def resolve(source: BlobSource, untrusted_top: bytes, top_digest: str, wanted: P
 
     Raises :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`; ``name`` is what messages call the
     source."""
-    return _resolve(source, untrusted_top, top_digest, wanted, name, depth=0)
+    return image_at(source, locate(source, untrusted_top, top_digest, wanted, name), wanted, name)
+
+
+def locate(source: BlobSource, untrusted_top: bytes, top_digest: str, wanted: Platform, name: str) -> Found:
+    """The first half of :func:`resolve`: which manifest ``wanted`` gets. Only indexes and manifests are read, unless an
+    index does not say what its images are for."""
+    return _locate(source, untrusted_top, top_digest, wanted, name, depth=0)
+
+
+def image_at(source: BlobSource, found: Found, wanted: Platform, name: str) -> SourceImage:
+    """The second half: the image of a manifest, described by its config."""
+    config = fetch_document(source, found.manifest.config, f"{name}: image config")
+    return image_of(config, found.manifest.layers, found.digest, wanted, name)
 
 
 def image_of(
@@ -202,9 +223,7 @@ def fetch_document(source: BlobSource, descriptor: Descriptor, what: str) -> byt
     return content
 
 
-def _resolve(
-    source: BlobSource, untrusted: bytes, digest: str, wanted: Platform, name: str, *, depth: int
-) -> SourceImage:
+def _locate(source: BlobSource, untrusted: bytes, digest: str, wanted: Platform, name: str, *, depth: int) -> Found:
     outline = parse(untrusted, _Outline, f"{name}: manifest")
     if outline.schema_version == 1 or outline.fs_layers is not None:
         raise NotAnImage(
@@ -216,7 +235,9 @@ def _resolve(
         if depth >= _INDEX_DEPTH_MAX:
             raise NotAnImage(f"{name} has indexes in indexes, more than {_INDEX_DEPTH_MAX} deep")
         index = parse(untrusted, Index, f"{name}: index")
-        return _choose(index.manifests, wanted, name, lambda entry: _descend(source, entry, wanted, name, depth))
+        return _choose(
+            source, index.manifests, wanted, name, lambda entry: _descend(source, entry, wanted, name, depth)
+        )
     manifest = parse(untrusted, _Manifest, f"{name}: manifest")
     if manifest.config.media_type not in _CONFIG_TYPES:
         raise NotAnImage(f"{name} is an artifact of type {manifest.config.media_type[:100]!r}, not a container image")
@@ -226,19 +247,22 @@ def _resolve(
             raise NotAnImage(f"{name} has encrypted layers")
         if not _LAYER_TYPES.fullmatch(layer.media_type):
             raise NotAnImage(f"{name} has a layer of type {layer.media_type[:100]!r}, which is no filesystem")
-    config = fetch_document(source, manifest.config, f"{name}: image config")
-    return image_of(config, manifest.layers, digest, wanted, name)
+    return Found(digest=digest, manifest=manifest)
 
 
-def _descend(source: BlobSource, entry: Descriptor, wanted: Platform, name: str, depth: int) -> SourceImage:
+def _descend(source: BlobSource, entry: Descriptor, wanted: Platform, name: str, depth: int) -> Found:
     content = fetch_document(source, entry, f"{name}: manifest")
-    return _resolve(source, content, sha256_of(content), wanted, name, depth=depth + 1)
+    return _locate(source, content, sha256_of(content), wanted, name, depth=depth + 1)
 
 
 def _choose(
-    manifests: list[Descriptor], wanted: Platform, name: str, descend: Callable[[Descriptor], SourceImage]
-) -> SourceImage:
-    """The best entry for ``wanted``; entries without a platform are asked what they are."""
+    source: BlobSource,
+    manifests: list[Descriptor],
+    wanted: Platform,
+    name: str,
+    descend: Callable[[Descriptor], Found],
+) -> Found:
+    """The best entry for ``wanted``; several entries without a platform are asked what they are."""
     unsaid: list[Descriptor] = []
     by_platform: dict[Platform, Descriptor] = {}
     for entry in manifests:
@@ -253,9 +277,12 @@ def _choose(
             return descend(by_platform[platform])
     for entry in unsaid:
         try:
-            return descend(entry)
+            found = descend(entry)
+            if len(manifests) > 1:
+                image_at(source, found, wanted, name)
         except PlatformMissing:
             continue
+        return found
     known = sorted(str(platform) for platform in by_platform if is_usable(platform))
     raise PlatformMissing(
         f"{name} exists for {', '.join(known) or 'no platform of Linux'}, not for {wanted}",

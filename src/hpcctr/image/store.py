@@ -24,8 +24,10 @@ import msgspec
 from hpcctr.errors import ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
 from hpcctr.image.imagefile import open_image_file, store_unusable
 from hpcctr.image.platform import acceptable, file_word, of_file_word, of_this_node
+from hpcctr.image.recall import Recall
 from hpcctr.image.record import ImageRecord, NameRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef, is_digest, is_digest_or_prefix
+from hpcctr.image.stale import looked_up_again
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -34,6 +36,8 @@ IMAGE_FILE = "root.squashfs"
 RECORD_FILE = "image.json"
 #: A record holds at most 1 MiB each of passwd and group in base64, a config of at most 4 MiB, and little else.
 _RECORD_SIZE_MAX = 16 * 2**20
+
+_recall = Recall()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,7 @@ class Store:
         """Whether the image of that digest is there with a file of the size that was published."""
         try:
             image = self._image_or_none(digest, name=digest)
-            return image is not None and os.stat(image.path).st_size == image.record.file_size
+            return image is not None and looked_up_again(lambda: os.stat(image.path)).st_size == image.record.file_size
         except (StoreUnusable, OSError):
             return False
 
@@ -284,18 +288,13 @@ class Store:
     def _read(self, path: str) -> bytes | None:
         """The content of a record; None when there is no such file."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            raw = looked_up_again(lambda: _recall.read(path, _RECORD_SIZE_MAX + 1))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except IsADirectoryError:
+            raise _damaged(path, "it is not a regular file") from None
         except OSError as error:
             raise store_unusable(path, error) from None
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise _damaged(path, "it is not a regular file")
-            try:
-                raw = file.read(_RECORD_SIZE_MAX + 1)
-            except OSError as error:
-                raise store_unusable(path, error) from None
         if len(raw) > _RECORD_SIZE_MAX:
             raise _damaged(path, f"it is larger than {_RECORD_SIZE_MAX} bytes")
         return raw

@@ -13,6 +13,9 @@ from hpcctr.image.tarstream import PATH_MAX, REGULAR, SYMLINK, Entry, printable
 _NAME_MAX = 255
 #: As containerd's resolver (continuity, fs/path.go) has it.
 _LINKS_MAX = 255
+#: Components of symbolic links' targets that are gone through for all entries of an image together: links to long
+#: targets that begin with links to long targets would take weeks.
+STEPS_MAX = 1 << 26
 
 
 class Leaf:
@@ -43,7 +46,18 @@ class Leaf:
 class Directory:
     """A directory. ``fresh`` are the names in it that layer number ``fresh_layer`` gave something to."""
 
-    __slots__ = ("children", "fresh", "fresh_layer", "mode", "mtime", "other_xattrs", "parent", "path", "xattrs")
+    __slots__ = (
+        "children",
+        "cleared_layer",
+        "fresh",
+        "fresh_layer",
+        "mode",
+        "mtime",
+        "other_xattrs",
+        "parent",
+        "path",
+        "xattrs",
+    )
 
     def __init__(self, parent: Directory | None, mtime: int) -> None:
         self.parent = parent
@@ -54,6 +68,8 @@ class Directory:
         self.other_xattrs = 0
         self.fresh: set[bytes] | None = None
         self.fresh_layer = 0
+        #: The last layer that hid everything lower ones had in it.
+        self.cleared_layer = 0
         #: Its path without slashes around, once the tree is walked.
         self.path = b""
 
@@ -71,6 +87,7 @@ class Tree:
         self.layer = 0
         #: Nodes that were ever made: they cost memory also when a later entry hides them.
         self.made = 1
+        self._steps = 0
         # Entries of a directory follow one another: the last parent is remembered until something is taken away.
         self._parent_parts: list[bytes] | None = None
         self._parent = self.root
@@ -130,11 +147,15 @@ class Tree:
             self.hide_below(node)
 
     def hide_below(self, directory: Directory) -> None:
-        """Take away everything that lower layers have below a directory."""
+        """Take away everything that lower layers have below a directory. Not for the lowest layer."""
         self._parent_parts = None
         todo = [directory]
         while todo:
             current = todo.pop()
+            if current.cleared_layer == self.layer:
+                # All it has come by since is this layer's own.
+                continue
+            current.cleared_layer = self.layer
             fresh = current.fresh if current.fresh_layer == self.layer and current.fresh else ()
             current.children = {name: node for name, node in current.children.items() if name in fresh}
             todo += [node for node in current.children.values() if isinstance(node, Directory)]
@@ -169,7 +190,11 @@ class Tree:
                     raise ImageBroken(f"the image has a loop of symbolic links on the way to {printable(path)}")
                 if node.link.startswith(b"/"):
                     current = self.root
-                todo += node.link.split(b"/")[::-1]
+                target = node.link.split(b"/")
+                self._steps += len(target)
+                if self._steps > STEPS_MAX:
+                    raise ImageBroken("the image's symbolic links take more steps to follow than any image needs")
+                todo += target[::-1]
             elif make is None:
                 return None
             else:

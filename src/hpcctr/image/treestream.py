@@ -16,7 +16,7 @@ from hpcctr.image.tarstream import DIRECTORY, HARDLINK, REGULAR, SPECIAL, SYMLIN
 from hpcctr.image.tree import Directory, Leaf, Tree
 
 #: /etc/passwd and /etc/group are noted up to this size.
-_ACCOUNTS_MAX = 2**20
+ACCOUNTS_MAX = 2**20
 
 #: Opens layer number N once more, from its beginning.
 OpenLayer = Callable[[int], Iterator[bytes]]
@@ -202,7 +202,7 @@ def _directory_mode(mode: int) -> int:
 
 def _account_file(tree: Tree, word: str) -> Leaf | None:
     node = tree.find(b"etc/" + word.encode())
-    return node if isinstance(node, Leaf) and node.is_regular and 0 < node.size <= _ACCOUNTS_MAX else None
+    return node if isinstance(node, Leaf) and node.is_regular and 0 < node.size <= ACCOUNTS_MAX else None
 
 
 def _changed_meanwhile(number: int) -> ImageBroken:

@@ -27,10 +27,14 @@ class Verification:
         if 0 <= self._size < self.count:
             raise ImageBroken(f"{self._what} is larger than the {self._size} bytes its manifest promises")
 
+    def require_size(self, size: int) -> None:
+        """Raise :class:`ImageBroken` unless so many bytes were promised, or nothing was."""
+        if 0 <= self._size != size:
+            raise ImageBroken(f"{self._what} has {size} bytes, its manifest promises {self._size}")
+
     def require_agreement(self) -> None:
         """Raise :class:`ImageBroken` unless digest and size are as promised."""
-        if 0 <= self._size != self.count:
-            raise ImageBroken(f"{self._what} has {self.count} bytes, its manifest promises {self._size}")
+        self.require_size(self.count)
         if self._hash is not None and self._hash.hexdigest() != self._promised.partition(":")[2]:
             raise ImageBroken(
                 f"{self._what} has the digest {self._hash.name}:{self._hash.hexdigest()}, promised is {self._promised}",

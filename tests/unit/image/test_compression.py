@@ -135,3 +135,22 @@ def test_prefetching_that_is_given_up_ends_its_thread() -> None:
     assert next(chunks) == b"x"
     chunks.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name == "decompress"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, CHUNK + 5])
+def test_a_blob_of_many_members_gives_the_content_of_all(size: int) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    member = gzip.compress(content[:size], mtime=0)
+    count = max(2, min(3000, 3 * CHUNK // (size + 1)))
+    expected = content[:size] * count
+    assert unpacked(member * count) == expected
+    assert unpacked((member + bytes(700)) * count) == expected
+
+
+@pytest.mark.parametrize("window", [28, 31])
+def test_a_window_larger_than_a_reader_needs_is_refused(window: int) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window, enable_ldm=False)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj().compress(b"x" * 1000)
+    blob = b"\x28\xb5\x2f\xfd" + bytes([0x00, (window - 10) << 3]) + frame[6:] + b"\x01\x00\x00"
+    with pytest.raises(ImageBroken, match="zstd"):
+        unpacked(blob)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -266,6 +267,15 @@ def test_the_content_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         tree_of(tar(file("a", b"123456"), file("b", b"123456")))
 
 
+def test_what_no_entry_speaks_of_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers_module, "UNCOMPRESSED_MAX", 10_000)
+    assert tree_of(tar(file("a", b"1"), end=bytes(5000))) == {"a": b"1"}
+    with pytest.raises(ImageBroken, match="more than 10000 bytes"):
+        tree_of(tar(file("a", b"1"), end=bytes(20_000)))
+    with pytest.raises(ImageBroken, match="more than 10000 bytes"):
+        tree_of(tar(file("a", b"1" * 9000)), tar(file("b", b"1")))
+
+
 def test_names_in_memory_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers_module, "NAMES_MAX", 100)
     with pytest.raises(ImageBroken, match="names and attributes"):
@@ -408,16 +418,34 @@ def unpacked_by_umoci(stack: list[list[Member]], where: Path) -> dict[str, objec
     return found
 
 
+def possible(stack: list[list[Member]]) -> list[list[Member]]:
+    """The stack without the members that cannot be, such as those below a file: what is left is never refused."""
+    model = Model()
+    kept: list[list[Member]] = []
+    for number, members in enumerate(stack):
+        model.mine = set()
+        kept.append([])
+        for member in members:
+            if number == 0 and b".wh." in member.name:
+                # umoci takes a whiteout of the lowest layer for one of its own entries before it.
+                continue
+            with contextlib.suppress(ImageBroken):
+                model.apply(member)
+                kept[-1].append(member)
+    return kept
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="umoci unpacks as root")
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(_member, max_size=6), min_size=1, max_size=3))
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.lists(_member, min_size=4, max_size=25), min_size=1, max_size=4))
 def test_a_stack_of_layers_merges_as_umoci_unpacks_it(stack: list[list[Member]]) -> None:
-    stack[0] = [member for member in stack[0] if b".wh." not in member.name]
+    stack = possible(stack)
     layers = tuple(tar(*members) for members in stack)
     with tempfile.TemporaryDirectory() as where:
         theirs = unpacked_by_umoci(stack, Path(where))
+        ours = tree_of(*layers)
         if theirs is not None:
-            assert tree_of(*layers) == theirs
+            assert ours == theirs
 
 
 def test_a_leaf_knows_where_its_content_lies() -> None:

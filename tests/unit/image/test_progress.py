@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
+from hpcctr.image.claims import Watch, held, take
 from hpcctr.image.progress import Progress, ProgressReport
 
 
@@ -34,3 +37,24 @@ def test_a_stage_without_bytes_ends_as_well() -> None:
     seen: list[Progress] = []
     ProgressReport(seen.append).finish("write")
     assert seen == [Progress(stage="write", done=0, total=0)]
+
+
+def test_another_processs_work_is_passed_on(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    claim = take(str(tmp_path / "claim"), since="2026-01-01T00:00:00Z")
+    assert claim is not None
+    claim.tell("download", 3, 7)
+    watch = Watch(directory=str(tmp_path / "claim"))
+    ProgressReport(seen.append).waiting(watch)
+    assert seen == []
+    with held(claim):
+        watch.look()
+        ProgressReport(seen.append).waiting(watch)
+    (step,) = seen
+    assert (step.stage, step.done, step.total) == ("wait", 3, 7)
+    assert step.waiting is not None
+    assert (step.waiting.pid, step.waiting.since, step.waiting.stage) == (
+        os.getpid(),
+        "2026-01-01T00:00:00Z",
+        "download",
+    )

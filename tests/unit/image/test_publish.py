@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from hpcctr.errors import ImageNotInStore, StoreUnusable
-from hpcctr.image.publish import publish, remove, set_name, workspace
+from hpcctr.image.publish import is_intact, publish, remove, set_name, workspace
 from hpcctr.image.record import ImageConfig, ImageRecord, NameRecord, Platform
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.store import Store
@@ -99,16 +98,17 @@ def test_a_workspace_is_private_and_goes_whatever_happens(store: Store) -> None:
     assert not os.listdir(f"{store.path}/tmp")
 
 
-def test_what_a_killed_pull_left_is_removed_after_a_week(store: Store) -> None:
-    old, new = Path(store.path) / "tmp/pull-old", Path(store.path) / "tmp/pull-new"
-    for directory in (old, new):
-        directory.mkdir()
-        (directory / "layer").write_text("x")
-    week = time.time() - 8 * 24 * 3600
-    os.utime(old, (week, week))
-    with workspace(store):
-        assert not old.exists()
-        assert new.exists()
+@pytest.mark.parametrize("damage", ["none", "a bit", "cut", "gone"])
+def test_damage_is_seen_byte_for_byte(store: Store, damage: str) -> None:
+    image = store.image(put(store, "a", content=b"hsqs content"))
+    path = Path(image.path)
+    if damage == "a bit":
+        path.write_bytes(b"hsqs Content")
+    elif damage == "cut":
+        os.truncate(path, 3)
+    elif damage == "gone":
+        path.unlink()
+    assert is_intact(image) == (damage == "none")
 
 
 def test_removing_a_name_keeps_an_image_that_another_name_means(store: Store) -> None:

@@ -75,19 +75,22 @@ def test_a_name_moves_to_the_new_image(tmp_path: Path, ref: ImageRef, site: Site
     assert Store.open(site.store).find(first.image.record.digest).record == first.image.record
 
 
-def test_a_layer_that_changes_while_it_is_pulled_is_refused(tmp_path: Path, ref: ImageRef, site: Site) -> None:
-    layout = Path(ref.path)
-    (layer,) = [path for path in (layout / "blobs/sha256").iterdir() if path.read_bytes()[:2] == b"\x1f\x8b"]
-    content = layer.read_bytes()
+def test_a_layer_that_changes_while_it_is_pulled_is_refused(tmp_path: Path, site: Site) -> None:
+    # So large that its end is read long after the first word of progress, and then once more.
+    large = Image(layers=(tar(file("large", os.urandom(64 << 20))),), compression="none")
+    layout = write_layout(tmp_path / "large", large)
+    (layer,) = [path for path in (layout / "blobs/sha256").iterdir() if path.stat().st_size > 1 << 20]
     changed: list[bool] = []
 
     def change(progress: object) -> None:
         if getattr(progress, "stage", "") == "read" and getattr(progress, "done", 0) and not changed:
             changed.append(True)
-            layer.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+            with layer.open("r+b") as writer:
+                writer.seek(-(1 << 20), os.SEEK_END)
+                writer.write(b"changed")
 
     with pytest.raises(ImageBroken):
-        pull(ref, site=site, progress=change)
+        pull(ImageRef.parse(f"oci:{layout}"), site=site, progress=change)
     assert changed
     assert not os.listdir(f"{site.store}/images")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from hpcctr.errors import ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
 from hpcctr.image import platform as platforms
+from hpcctr.image import stale
 from hpcctr.image.publish import publish, set_name, workspace
 from hpcctr.image.record import ImageConfig, ImageRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef
@@ -229,3 +232,24 @@ def test_finding_imports_no_registry_client_and_no_decompressor() -> None:
     )
     loaded = set(run.stdout.split())
     assert not loaded & {"grpc", "oras", "requests", "urllib3", "zstandard", "isal", "subprocess"}
+
+
+def test_a_record_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record"
+    path.write_text("new")
+    store = Store(path=str(tmp_path))
+    real, troubles = os.open, iter(range(3))
+    monkeypatch.setattr(stale, "_PAUSES", (0.001,) * 4)
+
+    def open_stale(*arguments: Any, **more: Any) -> int:
+        if next(troubles, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(os, "open", open_stale)
+    assert store._read(str(path)) == b"new"
+    monkeypatch.setattr(os, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")))
+    with pytest.raises(StoreUnusable, match="stale"):
+        store._read(str(tmp_path / "another"))

@@ -107,3 +107,33 @@ def test_a_million_entries_take_less_than_a_kibibyte_each() -> None:
     )
     # A dictionary slot takes about 100 bytes with its spare room; above the lowest layer a set slot comes to it.
     assert parts + 200 < 1024
+
+
+def test_following_links_has_a_limit_for_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcctr.image.tree.STEPS_MAX", 1000)
+    tree = Tree()
+    put(tree, b"d/x")
+    put(tree, b"l", SYMLINK, b"./" * 100 + b"d")
+    with pytest.raises(ImageBroken, match="more steps"):
+        for _ in range(20):
+            tree.find(b"l/x")
+
+
+def test_what_a_layer_has_cleared_is_not_gone_through_again() -> None:
+    tree = Tree()
+    put(tree, b"d/e/old")
+    tree.begin_layer(1)
+    put(tree, b"d/e/new")
+    tree.hide_below(tree.root)
+    assert tree.find(b"d/e/old") is None
+    before = tree.root.children
+    put(tree, b"d/e/newer")
+    tree.hide_below(tree.root)
+    tree.hide(tree.root, b"d")
+    # Rebuilt it would be another one.
+    assert tree.root.children is before
+    assert tree.find(b"d/e/new")
+    assert tree.find(b"d/e/newer")
+    tree.begin_layer(2)
+    tree.hide_below(tree.root)
+    assert not tree.root.children

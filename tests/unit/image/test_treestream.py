@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hpcctr.errors import ImageBroken
 from hpcctr.image.layers import LayerMerge
@@ -23,6 +27,8 @@ from tests.support.oci import (
     tar,
     whiteout,
 )
+
+T = TypeVar("T")
 
 
 def written(*layers: bytes, second: tuple[bytes, ...] | None = None) -> tuple[bytes, MergeFacts]:
@@ -191,3 +197,95 @@ def test_links_that_make_a_path_too_long_are_refused() -> None:
     long = "/".join(["d" * 200] * 19)
     with pytest.raises(ImageBroken, match="path of"):
         written(tar(symlink("l", long), file(f"l/{'x' * 200}/{'y' * 200}")))
+
+
+# whatever the layers are
+
+_NAMES = (b"a", b"b", b"d", b"d/a", b"d/e", b"d/e/b", b"l", b"l/x", b"/abs", b"./d//e/")
+_ODD_NAMES = (
+    b"../up",
+    b"d/../../up",
+    b"",
+    b".",
+    b"x" * 300,
+    b"n/" * 2100,
+    b"\xff\n",
+    b"d/.wh.a",
+    b".wh..wh..opq",
+    b".wh.d",
+)
+_LINKS = (b"a", b"d", b"d/a", b"/", b"../../..", b"d/e", b"l")
+_ODD_LINKS = (b"", b"/etc/passwd", b"t/" * 2500)
+_PAX: tuple[dict[str, bytes], ...] = (
+    {},
+    {"size": b"3"},
+    {"size": b"-1"},
+    {"size": b"99999999999999999999"},
+    {"path": b"../../etc/passwd"},
+    {"path": b"d/a\0b"},
+    {"linkpath": b"/etc/shadow"},
+    {"mtime": b"-99999999999.5"},
+    {"GNU.sparse.map": b"0,1"},
+)
+
+
+def _mostly(good: Sequence[T], odd: Sequence[T]) -> st.SearchStrategy[T]:
+    return st.sampled_from([*good] * (9 * len(odd) // len(good) + 1) + [*odd])
+
+
+_member = st.builds(
+    Member,
+    name=_mostly(_NAMES, _ODD_NAMES),
+    type=_mostly([b"0", b"1", b"2", b"5"], [b"3", b"4", b"6", b"7", b"S", b"\0", b"Z"]),
+    content=st.sampled_from([b"", b"1", b"content" * 100]),
+    link=_mostly(_LINKS, _ODD_LINKS),
+    mode=st.sampled_from([0, 0o7777, 0o4755, 0o1777, 0o600]),
+    mtime=st.sampled_from([0, -5, 2**40, 1_700_000_000]),
+    size=_mostly([None], [0, -1, 700, 2**63, 2**80]),
+    pax=_mostly([{}, {"SCHILY.xattr.user.x": b"\0\xff", "SCHILY.xattr.security.capability": b"\1"}], _PAX),
+    long_names=st.sampled_from(["gnu", "pax"]),
+).map(lambda member: member if member.type in (b"0", b"7", b"\0", b"S") else replace(member, content=b""))
+
+
+def mutated(layer: bytes, changes: list[tuple[int, int]]) -> bytes:
+    """With some bytes changed; headers have right checksums afterwards, so that more than those is tested."""
+    changed = bytearray(layer)
+    for at, value in changes:
+        changed[at % len(changed)] = value
+    for at in range(0, len(changed) - 511, 512):
+        if layer[at + 257 : at + 262] == b"ustar":
+            changed[at + 148 : at + 156] = b" " * 8
+            changed[at + 148 : at + 156] = b"%06o\0 " % sum(changed[at : at + 512])
+    return bytes(changed)
+
+
+_layer = st.builds(
+    lambda members, changes: mutated(tar(*members), changes),
+    st.lists(_member, max_size=6),
+    st.one_of(st.just([]), st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=4)),
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(_layer, min_size=1, max_size=3))
+def test_whatever_the_layers_are_the_stream_is_harmless_or_there_is_none(layers: list[bytes]) -> None:
+    try:
+        stream, facts = written(*layers)
+    except ImageBroken:
+        return
+    with tarfile.open(fileobj=io.BytesIO(stream), mode="r:", errorlevel=2) as archive:
+        found = archive.getmembers()
+    names = [info.name for info in found]
+    assert len(set(names)) == len(names) == facts.entries
+    assert found[0].isdir()
+    directories = {info.name for info in found if info.isdir()}
+    for info in found[1:]:
+        parts = info.name.split("/")
+        assert not {"", ".", ".."} & set(parts)
+        assert len(parts) == 1 or info.name.rpartition("/")[0] in directories
+        assert info.isreg() or info.isdir() or info.issym() or info.islnk()
+        assert (info.uid, info.gid, info.mode & 0o6000) == (0, 0, 0)
+        assert info.issym() or not info.mode & 0o022 or (info.isdir() and info.mode & 0o1000)
+        assert {key for key in info.pax_headers if "xattr" in key} <= {"SCHILY.xattr.user.x"}
+        if info.islnk():
+            assert found[names.index(info.linkname)].isreg()

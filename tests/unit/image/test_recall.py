@@ -1,0 +1,78 @@
+"""Small files read once for many."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hpcctr.image import recall
+from hpcctr.image.recall import Recall
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that are opened."""
+    paths: list[str] = []
+    true_open = os.open
+
+    def spy(path: str, flags: int, *rest: int) -> int:
+        paths.append(path)
+        return true_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", spy)
+    return paths
+
+
+def test_a_file_is_opened_once_for_all_that_come_at_once(tmp_path: Path, opened: list[str]) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(b"one")
+    kept = Recall()
+    assert [kept.read(str(path), 100) for _ in range(5)] == [b"one"] * 5
+    assert opened == [str(path)]
+
+
+def test_what_this_node_changed_is_seen_at_once(tmp_path: Path) -> None:
+    path, new = tmp_path / "record", tmp_path / "new"
+    path.write_bytes(b"one")
+    kept = Recall()
+    assert kept.read(str(path), 100) == b"one"
+    new.write_bytes(b"two")
+    new.rename(path)
+    assert kept.read(str(path), 100) == b"two"
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        kept.read(str(path), 100)
+
+
+def test_what_looks_the_same_is_read_again_after_a_moment(
+    tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(b"one")
+    kept = Recall()
+    kept.read(str(path), 100)
+    monkeypatch.setattr(recall, "FRESH_SECONDS", 0.0)
+    kept.read(str(path), 100)
+    assert len(opened) == 2
+
+
+def test_links_and_what_is_no_file_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(OSError, match="symbolic link"):
+        Recall().read(str(tmp_path / "link"), 9)
+    with pytest.raises(IsADirectoryError):
+        Recall().read(str(tmp_path), 9)
+
+
+def test_memory_is_bounded(tmp_path: Path, opened: list[str]) -> None:
+    kept = Recall()
+    for number in range(300):
+        (tmp_path / str(number)).write_bytes(b"x")
+        kept.read(str(tmp_path / str(number)), 9)
+    assert len(kept._kept) == 256
+    (tmp_path / "large").write_bytes(bytes(2 << 20))
+    assert len(kept.read(str(tmp_path / "large"), 1 << 30)) == 2 << 20
+    assert str(tmp_path / "large") not in kept._kept

@@ -6,8 +6,8 @@ from hpcctr.context import Caller, machine
 from hpcctr.engine.nodes import NodeContainer, NodeContainers
 from hpcctr.engine.view import View
 from hpcctr.host import edits
+from hpcctr.image import shelves
 from hpcctr.image.record import Platform
-from hpcctr.image.store import Store
 from hpcctr.policy import account
 from hpcctr.policy.decide import decide
 from hpcctr.policy.grant import Grant
@@ -23,7 +23,7 @@ def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
         rules,
         caller=caller,
         user_names=account.names_for(rules, caller),
-        image=Store.open(site.store).find(request.image, Platform(os="linux", architecture=machine())),
+        image=shelves.find(site.store, caller.uid, request.image, Platform(os="linux", architecture=machine())),
         edits=edits.of_site(site),
         targets=request.targets_with(site.carry),
     )
@@ -36,7 +36,7 @@ def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Gran
         rules,
         caller=caller,
         user_names=account.names_for(rules, caller),
-        image=Store.open(site.store).image_known_as(view.place.image_digest, request.image),
+        image=shelves.image_known_as(site.store, caller.uid, view.place.image_digest, request.image),
         edits=edits.of_site(site),
         targets=(),
     )
@@ -44,4 +44,4 @@ def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Gran
 
 def build(grant: Grant, site: Site, nodes: NodeContainers) -> NodeContainer:
     """The node container of a grant, found or built; containerd makes it and never starts it."""
-    return nodes.get(grant, open_image=lambda: Store.open(site.store).open_image_file(grant.image))
+    return nodes.get(grant, open_image=lambda: shelves.open_image_file(site.store, grant.image))

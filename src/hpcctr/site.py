@@ -28,6 +28,11 @@ class RegistrySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     #: Speak plain HTTP. Loopback addresses need no such permission.
     plain_http: bool = False
+    #: PEM certificates trusted for this registry, beside the machine's.
+    ca_file: str = ""
+    #: ``host[:port]`` or ``host[:port]/path``, asked in this order before the registry itself. How each is spoken to
+    #: is in its own table.
+    mirrors: tuple[str, ...] = ()
 
 
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -38,6 +43,11 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     sessions_per_uid: int = 256
     #: Node containers one uid may have on the node.
     containers_per_uid: int = 64
+    #: Storekeepers (pulls, imports, listings) at once, of everybody and of one uid.
+    errands: int = 64
+    errands_per_uid: int = 8
+    #: What one user's own images may take in the store.
+    bytes_per_uid: int = 200 * 2**30
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -57,6 +67,9 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: Globs of variables, beside hpcctr's own list, that describe the host's files: the image's value is taken.
     env_of_the_host: tuple[str, ...] = ()
     policy_directory: str = "/etc/hpcctr/policy.d"
+    #: Where users' launches and pulls may fetch what the store lacks. ``outside-jobs`` where compute nodes have no way
+    #: out, or its use should not count for a job; ``nowhere`` leaves it to the administrator.
+    pull: Literal["anywhere", "outside-jobs", "nowhere"] = "anywhere"
     containerd: ContainerdSettings = ContainerdSettings()
     registry: dict[str, RegistrySettings] = {}
     limits: LimitSettings = LimitSettings()
@@ -94,9 +107,17 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             site = msgspec.toml.decode(raw, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise SiteFileWrong(f"{name}: {error}", hint=f"edit {name}; its keys are in docs/site.md") from None
-        for key, value in (("store", site.store), ("enter", site.enter), *(("carry", entry) for entry in site.carry)):
+        paths = [("store", site.store), ("enter", site.enter), *(("carry", entry) for entry in site.carry)]
+        paths += [("ca-file", settings.ca_file) for settings in site.registry.values() if settings.ca_file]
+        for key, value in paths:
             if not value.startswith("/") or os.path.normpath(value) != value or value == "/":
                 raise SiteFileWrong(f"{name}: {key} = {value!r} is not a plain absolute path", hint=f"edit {name}")
+        for settings in site.registry.values():
+            for mirror in settings.mirrors:
+                if not mirror or mirror.startswith("/") or "://" in mirror or not mirror.isascii() or " " in mirror:
+                    raise SiteFileWrong(
+                        f"{name}: mirrors: {mirror!r} is not HOST[:PORT] or HOST[:PORT]/PATH", hint=f"edit {name}"
+                    )
         return site
 
 

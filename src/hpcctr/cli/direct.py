@@ -85,7 +85,7 @@ def _serve_child(site: Site, become: Callable[[socket.socket], None]) -> int:
             owner=f"direct-{os.getpid()}",
         )
         with ours:
-            session.serve(session.Door(site=site, nodes=nodes, is_gateway=False), ours, caller)
+            session.serve(session.Door(site=site, nodes=nodes, errands=None, is_gateway=False), ours, caller)
         status = parent.wait()
     finally:
         if nodes is not None:
@@ -115,15 +115,15 @@ def _be_the_client(become: Callable[[socket.socket], None], sock: socket.socket)
 
 
 def _pull_if_wanted(words: RunWords, site: Site) -> None:
-    from hpcctr.cli.images_cmd import pull_one
+    from hpcctr.cli.bringing import bring_for
     from hpcctr.context import machine
     from hpcctr.image.record import Platform
-    from hpcctr.image.store import Store
+    from hpcctr.image.shelves import find
 
     if words.pull == "always":
-        words.image = pull_one(words.image, platform=words.platform)
+        bring_for(words)
     elif words.pull == "missing":
         try:
-            Store.open(site.store).find(words.image, Platform(os="linux", architecture=machine()))
+            find(site.store, os.getuid(), words.image, Platform(os="linux", architecture=machine()))
         except ImageNotInStore:
-            words.image = pull_one(words.image, platform=words.platform)
+            bring_for(words)

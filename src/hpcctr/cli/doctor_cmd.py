@@ -21,6 +21,7 @@ from hpcctr.cli import launcher
 from hpcctr.cli.table import Format
 from hpcctr.enter.install import enter_problem, front_problem
 from hpcctr.errors import HpcctrError
+from hpcctr.image.shelves import owner_of
 from hpcctr.image.store import Store
 from hpcctr.policy.load import load
 from hpcctr.site import Site
@@ -159,6 +160,9 @@ def _store(site: Site) -> Iterator[Finding]:
     try:
         count = len(Store.open(site.store).images())
         yield Finding(thing="store", is_good=True, what=f"{site.store}: {count} names")
+        uid, _ = owner_of(site.store)
+        who = "root: the store is root's (docs/store.md)" if uid == 0 else f"everybody, as the store's owner, uid {uid}"
+        yield Finding(thing="pulling", is_good=True, what=f"{who}; users {site.pull}")
     except HpcctrError as error:
         yield Finding(thing="store", is_good=False, what=error.message, remedy=error.hint)
 

@@ -1,41 +1,30 @@
-"""``hpcctr pull|images|inspect|rm``: the store's commands."""
+"""``hpcctr pull|images|inspect|rm|gc``: the store's commands."""
 
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Protocol
+import os
+from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
+from hpcctr.cli import bringing, own_images
+from hpcctr.cli.bringing import pull_one
+from hpcctr.cli.progress import say
 from hpcctr.cli.table import Format, print_rows, printable, size
+from hpcctr.errand import Removed
+from hpcctr.errors import EngineUnreachable, ImageBroken
 from hpcctr.image import platform as platforms
-from hpcctr.image.record import Platform
+from hpcctr.image.record import Platform, StoredImage
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.store import Store
 from hpcctr.site import Site
-
-if TYPE_CHECKING:
-    from hpcctr.image.pull import Progress as PullProgress
 
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
 PlatformOption = Annotated[
     str | None, typer.Option("--platform", metavar="PLATFORM", help="OS/ARCH[/VARIANT]; default: this node's.")
 ]
-_STAGES = {"download": "downloading", "read": "reading layers", "write": "writing image"}
 
 
 def pull(
@@ -48,62 +37,76 @@ def pull(
     ],
     platform: PlatformOption = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name it has in the store.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Into your own images, with your credentials, seen by nobody else.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a stored image as a whole, and bring it anew when it is damaged.")
+    ] = False,
 ) -> None:
     """Bring images into the store: downloaded, verified, and written as one read-only file each.
 
-    The name to run an image by is printed at the end.
+    One process brings an image, however many ask for it on however many nodes; the others wait. The name to run an
+    image by is printed at the end.
     """
     for image in images:
-        typer.echo(pull_one(image, platform=platform or "", name=name))
+        typer.echo(pull_one(image, platform=platform or "", name=name or "", is_private=private, verify=verify))
 
 
-def pull_one(text: str, *, platform: str = "", name: str | None = None) -> str:
-    """Pull one image, showing progress on stderr; the name to run it by."""
-    # The registry client behind this costs a second of imports: only a pull pays for it.
-    from hpcctr.image.pull import pull as pull_image
-
-    ref = ImageRef.parse(text)
-    with _shown(text) as shown:
-        result = pull_image(
-            ref,
-            site=Site.of_this_process(),
-            platform=platforms.parse(platform) if platform else None,
-            name=name,
-            progress=shown.update,
-        )
-    record = result.image.record
-    state = "up to date" if result.was_stored else f"pulled, {size(record.file_size)}"
-    _say(f"{ImageRef.parse(result.name).familiar}: {state}, {record.digest}")
-    return ImageRef.parse(result.name).familiar
-
-
-def images(format: FormatOption = Format.TABLE) -> None:  # noqa: A002
-    """List the images of the store."""
+def images(
+    mine: Annotated[bool, typer.Option("--mine", help="Only your own.")] = False,
+    format: FormatOption = Format.TABLE,  # noqa: A002
+) -> None:
+    """List the images of the store: those of the site, and your own."""
+    site = Site.of_this_process()
     rows: list[dict[str, object]] = []
-    for stored in Store.open(Site.of_this_process().store).images():
+    for stored in () if mine else Store.open(site.store).images():
         record = stored.image.record if stored.image is not None else None
-        rows.append(
-            {
-                "name": ImageRef.parse(stored.name).familiar,
-                "platform": str(stored.platform),
-                "digest": stored.digest,
-                "short_digest": stored.digest[:19],
-                "since": stored.since,
-                "file_size": record.file_size if record else None,
-                "size": size(record.file_size) if record else "missing",
-            }
-        )
-    print_rows(rows, ("name", "platform", "short_digest", "size", "since"), format)
+        place = (stored.name, str(stored.platform), stored.digest, stored.since)
+        rows.append(_row("site", *place, record.file_size if record else None))
+    try:
+        for one in own_images.listed(site):
+            size_of_file = own_images.facts(one).get("file_size")
+            place = (one.name, one.platform, one.digest, one.since)
+            rows.append(_row("you", *place, size_of_file if isinstance(size_of_file, int) else None))
+    except EngineUnreachable as error:
+        if mine:
+            raise
+        say(f"without your own images: {error}")
+    print_rows(rows, ("name", "platform", "short_digest", "size", "since", "whose"), format)
+
+
+def _row(whose: str, name: str, platform: str, digest: str, since: str, file_size: int | None) -> dict[str, object]:
+    return {
+        "name": ImageRef.parse(name).familiar if not name.startswith("sha256:") else name,
+        "platform": platform,
+        "digest": digest,
+        "short_digest": digest[:19],
+        "since": since,
+        "file_size": file_size,
+        "size": "missing" if file_size is None else size(file_size),
+        "whose": whose,
+    }
 
 
 def inspect(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A name or digest as hpcctr images prints it.")],
     platform: PlatformOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the image file as a whole and compare it with its digest.")
+    ] = False,
     format: FormatOption = Format.TABLE,  # noqa: A002
 ) -> None:
     """Show what the store knows of an image: its config, where it came from, what conversion changed."""
-    stored = Store.open(Site.of_this_process().store).find(image, _platform(platform))
-    facts = {"name": stored.name, **msgspec.to_builtins(stored.record), "path": stored.path}
+    site = Site.of_this_process()
+    own = own_images.find(site, image)
+    if own is not None and not verify:
+        facts = own_images.facts(own)
+    else:
+        stored = Store.open(site.store).find(image, _platform(platform))
+        if verify:
+            _require_intact(stored)
+        facts = {"name": stored.name, **msgspec.to_builtins(stored.record), "path": stored.path}
     for key in ("passwd", "group"):
         facts.pop(key, None)
     if format is Format.JSON:
@@ -122,12 +125,61 @@ def rm(
     """Remove names from the store, and images that no name means any more. Running programs keep their image."""
     from hpcctr.image.publish import remove
 
-    store = Store.open(Site.of_this_process().store, writable=True)
+    site = Site.of_this_process()
+    is_writer = bringing.is_writer(site.store) or os.geteuid() == 0
     for name in names:
-        removed = remove(store, name, _platform(platform))
+        if is_writer:
+            gone_from_store = remove(own_images.writable_store(site), name, _platform(platform))
+            removed = Removed(names=gone_from_store.names, digests=gone_from_store.digests, freed=gone_from_store.freed)
+        else:
+            removed = own_images.remove(site, name, platform or "")
         for gone in (*removed.names, *removed.digests):
             typer.echo(f"removed {gone}")
-        _say(f"{size(removed.freed)} freed")
+        say(f"{size(removed.freed)} freed")
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
+    older_than: Annotated[
+        float,
+        typer.Option("--older-than", metavar="DAYS", min=0, help="Days an image stays without a name."),
+    ] = 7.0,
+    format: FormatOption = Format.TABLE,  # noqa: A002
+) -> None:
+    """Put the store in order: remove images that no name has meant for some days, and what killed pulls left.
+
+    An image that runs on another node is protected by the days alone: give more of them than your longest job has.
+    """
+    from hpcctr.image.gc import DAY, collect, find_garbage, parts
+
+    site = Site.of_this_process()
+    own_images.become_owner(site)
+    rows: list[dict[str, object]] = []
+    for part, store in parts(site.store):
+        for garbage in (find_garbage if dry_run else collect)(store, image_days=older_than):
+            rows.append(
+                {
+                    "kind": garbage.kind,
+                    "what": f"{part}{garbage.what}",
+                    "bytes": garbage.size,
+                    "size": size(garbage.size),
+                    "seconds": round(garbage.age),
+                    "unwanted_for": f"{garbage.age / DAY:.1f} days",
+                }
+            )
+    print_rows(rows, ("kind", "what", "size", "unwanted_for"), format)
+    total = sum(int(str(row["bytes"])) for row in rows)
+    say(f"{size(total)} {'would be freed' if dry_run else 'freed'}")
+
+
+def _require_intact(stored: StoredImage) -> None:
+    from hpcctr.image.publish import is_intact
+
+    if not is_intact(stored):
+        raise ImageBroken(
+            f"{stored.path} is not what was published: its size or digest differs",
+            hint=f"hpcctr pull --verify {stored.record.source}",
+        )
 
 
 def _platform(text: str | None) -> Platform | None:
@@ -146,57 +198,3 @@ def _flat(facts: dict[str, object], prefix: str = "") -> list[tuple[str, object]
         else:
             rows.append((f"{prefix}{key}", value))
     return rows
-
-
-def _say(text: str) -> None:
-    """A line for people, beside the result on stdout."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-class _Shown(Protocol):
-    def update(self, progress: PullProgress) -> None: ...
-
-
-def _shown(text: str) -> AbstractContextManager[_Shown]:
-    """A bar for each stage on a terminal, a line for each stage elsewhere."""
-    return _Bars(text) if sys.stderr.isatty() else nullcontext(_Lines(text))
-
-
-class _Lines:
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._stage = ""
-
-    def update(self, progress: PullProgress) -> None:
-        if progress.stage != self._stage:
-            self._stage = progress.stage
-            total = f" of {size(progress.total)}" if progress.total else ""
-            _say(f"{self._text}: {_STAGES[progress.stage]}{total}")
-
-
-class _Bars:
-    def __init__(self, text: str) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._text = text
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def update(self, progress: PullProgress) -> None:
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._progress.add_task(_STAGES[progress.stage])
-        self._progress.update(self._tasks[progress.stage], completed=progress.done, total=progress.total)

@@ -13,6 +13,7 @@ import typer
 
 from hpcctr.client.connect import connect
 from hpcctr.client.run import prepare, run
+from hpcctr.errors import ImageNotInStore
 from hpcctr.request import RUN_OPTIONS, Option, RunWords
 
 HELP = """Run CMD in a container of IMAGE, as this very process.
@@ -114,14 +115,20 @@ def launch(words: RunWords) -> int:
         from hpcctr.cli import direct
 
         return direct.run(words)
-    if words.pull == "always":
-        from hpcctr.cli.images_cmd import pull_one
+    from hpcctr.cli.bringing import bring_for
 
-        words.image = pull_one(words.image, platform=words.platform)
+    if words.pull == "always":
+        bring_for(words)
     if words.explain:
         from hpcctr.cli.explain import show
 
         show(prepare(words, connect()))
-    else:
+        return 0
+    try:
         run(words)
-    return 0
+    except ImageNotInStore as error:
+        if words.pull == "never":
+            raise
+        missing = error
+    bring_for(words, missing)
+    return run(words)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from hpcctr.client import carry, connect, enter, environment, preflight
 from hpcctr.errors import NoCommand
 from hpcctr.request import LaunchRequest, RunWords
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from hpcctr.wire import Frame
 
 
+#: Images of files and directories (:mod:`hpcctr.image.reference`).
+FILE_TRANSPORTS = ("oci-archive", "docker-archive", "oci")
 #: Tells a program, and hpcctr ps, which image it runs in.
 IMAGE_VARIABLE = b"HPCCTR_IMAGE"
 DIGEST_VARIABLE = b"HPCCTR_IMAGE_DIGEST"
@@ -71,9 +75,17 @@ def prepare(words: RunWords, sock: _socket.socket) -> Launch:
     caller = environment.of_this_process()
     baggage = _baggage(words, caller, ())
     request = LaunchRequest(
-        image=words.image, targets=baggage.targets(), platform=words.platform, explain=words.explain
+        image=_absolute(words.image), targets=baggage.targets(), platform=words.platform, explain=words.explain
     )
     return Launch(words, connect.ask(sock, request.frame()), caller)
+
+
+def _absolute(image: str) -> str:
+    """An image of a file by a path that means the same to everybody: the engine has another working directory."""
+    transport, colon, path = image.partition(":")
+    if not colon or transport not in FILE_TRANSPORTS or path.startswith("/"):
+        return image
+    return f"{transport}:{os.path.join(os.getcwd(), path)}"
 
 
 def variables_for(

@@ -1,4 +1,6 @@
-"""Entry of the program. ``run`` and ``exec`` through an engine take a short lane that imports next to nothing."""
+"""Entry of the program. ``run`` and ``exec`` through an engine, and ``slurm-task``, take a short lane that imports next
+to nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Run the command line of this process; the exit status is the command's own where it became the process."""
     arguments = sys.argv[1:]
-    if arguments[:1] in (["run"], ["exec"]) and os.getuid() != 0:
+    if arguments[:1] == ["slurm-task"] or (arguments[:1] in (["run"], ["exec"]) and os.getuid() != 0):
         _isolate()
         _take_short_lane(arguments[0], arguments[1:])
     from hpcctr.cli.app import run_command_line
@@ -23,10 +25,14 @@ def main() -> NoReturn:
 
 def _take_short_lane(verb: str, arguments: list[str]) -> None:
     """The short lane; returns when the full command answers better."""
-    from hpcctr.errors import HpcctrError
+    from hpcctr.errors import HpcctrError, ImageNotInStore
     from hpcctr.request import ExecWords, NeedsFullParser, RunWords
 
     try:
+        if verb == "slurm-task":
+            from hpcctr.client.slurm import run as run_task
+
+            run_task(arguments)
         if verb == "exec":
             from hpcctr.client.exec import join
 
@@ -36,6 +42,15 @@ def _take_short_lane(verb: str, arguments: list[str]) -> None:
             return
         from hpcctr.client.run import run
 
+        try:
+            run(words)
+        except ImageNotInStore as error:
+            if words.pull == "never":
+                raise
+            missing = error
+        from hpcctr.cli.bringing import bring_for
+
+        bring_for(words, missing)
         run(words)
     except NeedsFullParser:
         return

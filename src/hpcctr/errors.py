@@ -106,6 +106,12 @@ class ProcessOutOfReach(HpcctrError):
     exit_status = REFUSED
 
 
+class ProgramsSurvive(HpcctrError):
+    """Programs of a job did not end, or nobody could say whether they did."""
+
+    slug = "job-survives"
+
+
 class EnterUnusable(HpcctrError):
     """The installed enter is missing, or has not the owner, mode or capabilities it needs."""
 
@@ -123,6 +129,12 @@ class InsideContainer(HpcctrError):
 
     slug = "inside-container"
     exit_status = REFUSED
+
+
+class SlurmTaskWrong(HpcctrError):
+    """Slurm's oci.conf started a task in a way that does not tell what to run."""
+
+    slug = "slurm-task"
 
 
 class LauncherInside(HpcctrError):
@@ -198,6 +210,13 @@ class ImageNotInStore(HpcctrError):
     slug = "image-not-in-store"
 
 
+class PullRefused(HpcctrError):
+    """The site does not let users fetch images, or not here."""
+
+    slug = "pull-refused"
+    exit_status = REFUSED
+
+
 class NotAnImage(HpcctrError):
     """What the name leads to is not an OCI or Docker image."""
 
@@ -220,6 +239,12 @@ class RegistryFailed(HpcctrError):
     """A registry refused or could not be reached."""
 
     slug = "registry"
+
+
+class RegistryWantsLogin(RegistryFailed):
+    """A registry gives an image to nobody without credentials, or does not say whether it has it."""
+
+    slug = "registry-login"
 
 
 class StoreUnusable(HpcctrError):

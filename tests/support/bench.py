@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.cluster import bench as cluster_bench
 from tests.support import images
 from tests.support.engine import HPCCTR
 from tests.support.host import Host
@@ -249,7 +250,7 @@ def _write(section: str, text: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Measure what is named and print it; the exit status."""
-    sections: dict[str, Callable[[int], str]] = {"launch": launch, "mpi": mpi}
+    sections: dict[str, Callable[[int], str]] = {"launch": launch, "mpi": mpi, "slurm": cluster_bench.slurm}
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure hpcctr and its peers on this machine.")
     parser.add_argument("section", nargs="*", choices=[*sections, []], default=[], help="default: all")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each (default: 15)")

@@ -1,6 +1,7 @@
-"""A filesystem that one user has mounted and root cannot look into: bindfs without allow_other.
+"""Filesystems in user space: bindfs.
 
-Stands in for sshfs, for encrypted homes, and for file servers that know no root (root-squash).
+One that a user has mounted and root cannot look into stands in for sshfs, for encrypted homes, and for file servers
+that know no root (root-squash). One of root's whose server can fall silent stands in for a file server that hangs.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.host import Host
@@ -46,3 +49,31 @@ def dead(host: Host, user: User, source: Path, point: Path) -> Iterator[None]:
         yield
     finally:
         _unmount(host, user, point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileServer:
+    """The server of one filesystem."""
+
+    process: subprocess.Popen[bytes]
+
+    def fall_silent(self) -> None:
+        """From now on nothing is answered: who waits for it, waits."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def answer(self) -> None:
+        """Answer again, also what was asked meanwhile."""
+        os.kill(self.process.pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def served(host: Host, source: Path, point: Path) -> Iterator[FileServer]:
+    """Show SOURCE at POINT to root, by a server that can fall silent, as the one below a cluster's store may."""
+    server = host.popen(["bindfs", "-f", str(source), str(point)])
+    made = FileServer(process=server)
+    try:
+        wait_until(lambda: _is_mounted(host, point), what=f"the mount on {point}")
+        yield made
+    finally:
+        made.answer()
+        host.run(["umount", "--lazy", str(point)])

@@ -51,6 +51,15 @@ class Members:
         with self._lock:
             return tuple(self._pids.get(container_id, {}).values())
 
+    def is_empty(self, container_id: str) -> bool:
+        """Whether every member of a container has ended, also those :meth:`wait` has not told of yet."""
+        with self._lock:
+            poll = select.poll()
+            pidfds = self._pids.get(container_id, {})
+            for pidfd in pidfds:
+                poll.register(pidfd, select.POLLIN)
+            return len(poll.poll(0)) == len(pidfds)
+
     def wait(self, seconds: float | None) -> set[str]:
         """Containers that lost a member; empty after ``seconds`` (None: never) or when :meth:`ring` was called."""
         lost = set()
@@ -100,7 +109,7 @@ def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]
         except OSError:
             continue
         with contextlib.suppress(OSError, ValueError, StopIteration):
-            if _is_in_a_view(pid):
+            if is_in_a_view(pid):
                 upper = root_upper(pid)
                 if upper is not None and upper_uids.get(upper) == _real_uid(pid) and not is_anchor(pid):
                     found.append((upper, pid, pidfd))
@@ -109,7 +118,7 @@ def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]
     return found
 
 
-def _is_in_a_view(pid: int) -> bool:
+def is_in_a_view(pid: int) -> bool:
     """Whether a process is in a mount namespace that is not the engine's but that only root can have made."""
     namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -7,18 +7,20 @@ which the kernel gives back when an engine dies in whatever way.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from hpcctr.containerd.client import Containerd
 from hpcctr.context import Caller
 from hpcctr.engine.adopt import clear_after_direct_engines, places_of_direct_engines, survivors
+from hpcctr.engine.deadline import all_within
 from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.members import Members, members_in_proc
 from hpcctr.engine.neighbour import require_common_mounts
@@ -35,6 +37,8 @@ __all__ = ["NodeContainer", "NodeContainers"]
 _BUILD_SECONDS = 180.0
 #: Seconds until what could not be removed is tried again.
 _RETRY_SECONDS = 30.0
+#: Seconds somebody waits for containers to be removed; one whose image is on a silent file server may never be.
+_REMOVE_SECONDS = 100.0
 
 
 @dataclass(kw_only=True)
@@ -133,7 +137,7 @@ class NodeContainers:
         if not is_builder:
             return _result_of_another(ready)
         if evicted is not None:
-            self._remove(evicted)
+            self._remove_all([evicted], _REMOVE_SECONDS)
         return self._build(grant, slot, open_image)
 
     def view(self, pid: int, caller: Caller) -> View:
@@ -174,6 +178,27 @@ class NodeContainers:
             containers = [slot.container for slot in self._slots.values() if slot.container is not None]
         return [(container, self._members.pids(container.container_id)) for container in containers]
 
+    def remove_idle(self, *, seconds: float) -> tuple[list[str], list[str]]:
+        """Remove the containers that have no member now, whatever is left of their linger: (ids of the removed, ids of
+        those that were not removed after ``seconds`` and go on being removed).
+
+        Raises what :meth:`adopt` raises.
+        """
+        self.adopt()
+        with self._lock:
+            idle = self._by_upper(self._is_without_members)
+        self._keep_for_children(idle)
+        with self._lock:
+            slots = self._by_upper(self._is_without_members).items()
+            # What has lost its last member since was not looked for in /proc.
+            leaving = [self._leave(slot) for upper, slot in slots if idle.get(upper) is slot]
+        done = self._remove_all(leaving, seconds)
+        ids = [names.container_id for names in leaving]
+        return (
+            [name for name, is_done in zip(ids, done, strict=True) if is_done],
+            [name for name, is_done in zip(ids, done, strict=True) if not is_done],
+        )
+
     def close(self, *, remove: bool) -> None:
         """End the engine's work: remove all containers, or with ``remove`` False those without members."""
         with self._lock:
@@ -186,8 +211,7 @@ class NodeContainers:
         if self._watcher is not None:
             self._members.ring()
             self._watcher.join()
-            for names in leaving:
-                self._remove(names)
+            self._remove_all(leaving, _REMOVE_SECONDS)
         if remove:
             self._state.remove()
         self._members.close()
@@ -246,7 +270,10 @@ class NodeContainers:
             for slot in self._slots.values():
                 if slot.container_id in lost and not self._members.pids(slot.container_id):
                     slot.idle_since = now
-        self._keep_for_children(now)
+        # /proc is read only when a container would go, so at most once in a linger.
+        with self._lock:
+            going = self._by_upper(lambda slot: self._is_expired(slot, now))
+        self._keep_for_children(going)
         expired = []
         with self._lock:
             if self._is_closing:
@@ -257,8 +284,7 @@ class NodeContainers:
             is_retry = self._retry_at is not None and self._retry_at <= now
             if is_retry:
                 self._retry_at = None
-        for leaving in expired:
-            self._remove(leaving)
+        self._remove_all(expired, _REMOVE_SECONDS)
         if is_retry:
             try:
                 self._sweep()
@@ -269,26 +295,25 @@ class NodeContainers:
     def _is_expired(self, slot: _Slot, now: float) -> bool:
         return slot.idle_since is not None and slot.idle_since + self._site.linger_seconds <= now
 
-    def _keep_for_children(self, now: float) -> None:
+    def _is_without_members(self, slot: _Slot) -> bool:
+        return slot.container is not None and self._members.is_empty(slot.container_id)
+
+    def _by_upper(self, is_meant: Callable[[_Slot], bool]) -> dict[str, _Slot]:
+        """Under the lock: slots by the upper layers of their containers."""
+        return {self._builder.upper(slot.container_id): slot for slot in self._slots.values() if is_meant(slot)}
+
+    def _keep_for_children(self, going: Mapping[str, _Slot]) -> None:
         """What is left of a program that came in and ended, a background process, is a member as well: hpcctr exec
         finds it in its container for as long as it runs.
-
-        /proc is read only when a container would go, so at most once in a linger.
         """
-        with self._lock:
-            expired = {
-                self._builder.upper(slot.container_id): slot
-                for slot in self._slots.values()
-                if self._is_expired(slot, now)
-            }
-        if not expired:
+        if not going:
             return
-        for upper, pid, pidfd in members_in_proc({upper: slot.uid for upper, slot in expired.items()}):
+        for upper, pid, pidfd in members_in_proc({upper: slot.uid for upper, slot in going.items()}):
             with self._lock:
                 # Joined under the lock, for a slot that leaves takes no member any more.
-                if self._slots.get(expired[upper].key) is expired[upper]:
-                    self._members.add(expired[upper].container_id, pid=pid, pidfd=pidfd)
-                    expired[upper].idle_since = None
+                if self._slots.get(going[upper].key) is going[upper]:
+                    self._members.add(going[upper].container_id, pid=pid, pidfd=pidfd)
+                    going[upper].idle_since = None
                 else:
                     os.close(pidfd)
 
@@ -315,6 +340,12 @@ class NodeContainers:
         self._leaving.add(slot.container_id)
         slot.container, slot.ready = None, Future()
         return leaving
+
+    def _remove_all(self, leaving: Sequence[_Leaving], seconds: float) -> list[bool]:
+        """For each, whether it was removed in time."""
+        if not leaving:
+            return []
+        return all_within(seconds, [functools.partial(self._remove, names) for names in leaving])
 
     def _remove(self, leaving: _Leaving) -> None:
         try:

@@ -17,13 +17,14 @@ from types import FrameType
 
 from hpcctr.containerd import Containerd
 from hpcctr.context import Caller
-from hpcctr.engine import session
+from hpcctr.engine import control, session
+from hpcctr.engine.errands import Errands
 from hpcctr.engine.nodes import NodeContainers
 from hpcctr.errors import CallerRefused, ContainerdUnavailable, EngineBusy, HpcctrError, StoreUnusable
 from hpcctr.site import Site
 from hpcctr.wire import ENGINE_SOCKET, RUN_DIRECTORY
 
-STATE_DIRECTORY = f"{RUN_DIRECTORY}/state"
+STATE_DIRECTORY = control.STATE_DIRECTORY
 _LISTEN_FDS_START = 3
 _BACKLOG = 1024
 
@@ -32,7 +33,7 @@ class Gateway:
     """Accepts, counts and serves."""
 
     def __init__(self, site: Site, nodes: NodeContainers) -> None:
-        self._door = session.Door(site=site, nodes=nodes, is_gateway=True)
+        self._door = session.Door(site=site, nodes=nodes, errands=Errands(site), is_gateway=True)
         self._lock = threading.Lock()
         self._sessions: Counter[int] = Counter()
 
@@ -101,6 +102,7 @@ def serve(site: Site) -> int:
         # Boot order is nobody's promise; every launch tries again.
         print(f"hpcctr-engine: {error}; going on without it", file=sys.stderr, flush=True)
     listener = inherited_listener() or own_listener(ENGINE_SOCKET)
+    control.serve(own_listener(control.CONTROL_SOCKET, mode=0o600), nodes)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         # shutdown() wakes accept(); close() alone would leave it waiting.
@@ -144,8 +146,8 @@ def inherited_listener() -> socket.socket | None:
     return socket.socket(fileno=_LISTEN_FDS_START)
 
 
-def own_listener(path: str) -> socket.socket:
-    """A new listening socket at ``path``, for everybody to connect to. A dead one in its place is removed."""
+def own_listener(path: str, *, mode: int = 0o666) -> socket.socket:
+    """A new listening socket at ``path``, by default for everybody. A dead one in its place is removed."""
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with probe:
         try:
@@ -158,6 +160,6 @@ def own_listener(path: str) -> socket.socket:
             raise EngineBusy(f"an engine listens on {path} already", hint="stop it first")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
-    os.chmod(path, 0o666)  # noqa: S103 - everybody may ask; who they are the kernel says
+    os.chmod(path, mode)  # everybody may ask the engine; who they are the kernel says
     listener.listen(_BACKLOG)
     return listener

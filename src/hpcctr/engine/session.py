@@ -1,6 +1,7 @@
 """One launch, seen from the engine: a request in, a grant out, a namespace to enter and to nobody else.
 
-Its verbs, by hand: ``run`` into a node container, ``exec`` to where a running process of the caller's is.
+Its verbs, by hand: ``run`` into a node container, ``exec`` to where a running process of the caller's is, ``store`` for
+what the storekeeper does (:mod:`hpcctr.engine.errands`).
 
 The same code serves the gateway (:mod:`hpcctr.engine.serve`, ordinary users) and a session in root's own command
 (:mod:`hpcctr.cli.direct`). What differs is how the caller is known: :class:`Door`.
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
+from hpcctr.engine.errands import Errands
 from hpcctr.engine.nodes import NodeContainers
 from hpcctr.enter.install import enter_problem
+from hpcctr.errand import Errand
 from hpcctr.errors import CallerRefused, EnterUnusable, HpcctrError, ProtocolBroken
 from hpcctr.launch import build, follow, prepare
 from hpcctr.policy.grant import Grant
@@ -41,6 +44,8 @@ class Door:
 
     site: Site
     nodes: NodeContainers
+    #: None in root's own command, which is nobody's but root's.
+    errands: Errands | None
     #: True for the gateway: the caller is whoever connected, an ordinary user. False: our own child, root.
     is_gateway: bool
 
@@ -67,6 +72,9 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
             request = _receive_request(peer)
             if door.is_gateway:
                 caller.require_gateway_caller()
+            if isinstance(request, Errand):
+                _run_errand(door, peer, caller, request)
+                return
             if isinstance(request, ExecRequest):
                 way = _way_to_process(door, request, caller, held)
                 enter = _enter_of(door)
@@ -118,6 +126,16 @@ def _way_to_process(door: Door, request: ExecRequest, caller: Caller, held: cont
     )
 
 
+def _run_errand(door: Door, peer: socket.socket, caller: Caller, errand: Errand) -> None:
+    """``store``: the storekeeper does it, and talks to the caller itself."""
+    if door.errands is None:
+        raise ProtocolBroken("errands are the gateway's")
+    rule = door.errands.may(errand, caller)
+    words = f"task={errand.task} image={errand.image!r} name={errand.name!r} rule={rule!r}"
+    _audit(door, "errand", caller, words=words)
+    door.errands.serve(errand, caller, peer)
+
+
 def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
     """Answer a request with an error."""
     _audit(door, "refused", caller, error=error)
@@ -142,7 +160,7 @@ def _hand_over(door: Door, peer: socket.socket, caller: Caller, way: _Way, enter
         _audit(door, "left", caller, way.grant, key=way.key)
 
 
-def _receive_request(peer: socket.socket) -> LaunchRequest | ExecRequest:
+def _receive_request(peer: socket.socket) -> LaunchRequest | ExecRequest | Errand:
     """The first packet, parsed. Whatever descriptors came with it are closed unseen."""
     untrusted_packet, descriptors, flags, _ = socket.recv_fds(peer, FRAME_MAX + 1, 8)
     for descriptor in descriptors:
@@ -156,6 +174,8 @@ def _receive_request(peer: socket.socket) -> LaunchRequest | ExecRequest:
         return LaunchRequest.of_frame(frame)
     if frame.verb == ExecRequest.VERB:
         return ExecRequest.of_frame(frame)
+    if frame.verb == Errand.VERB:
+        return Errand.of_frame(frame)
     raise ProtocolBroken(f"the engine has no verb {frame.verb}", hint="client and engine must be of the same version")
 
 
@@ -229,16 +249,17 @@ def _audit(
     grant: Grant | None = None,
     *,
     key: str = "",
+    words: str = "",
     error: HpcctrError | None = None,
 ) -> None:
     """The gateway's line per decision on stderr (the journal). Words that a request could influence are quoted."""
     if not door.is_gateway:
         return
-    words = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}"]
+    line = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}", *filter(None, [words])]
     if grant is not None:
-        words.append(
-            f"image={grant.image.name!r} digest={grant.image.record.digest} container={key} rule={grant.rule!r}"
+        line.append(
+            f"image={grant.image.policy_name!r} digest={grant.image.record.digest} container={key} rule={grant.rule!r}"
         )
     if error is not None:
-        words.append(f"slug={error.slug} reason={error.message!r}")
-    print(" ".join(words), file=sys.stderr, flush=True)
+        line.append(f"slug={error.slug} reason={error.message!r}")
+    print(" ".join(line), file=sys.stderr, flush=True)

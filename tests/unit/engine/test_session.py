@@ -68,7 +68,7 @@ def serving(site: Site, nodes: NoContainers) -> Iterator[Serving]:
     def start() -> socket.socket:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sockets.extend((ours, its))
-        door = Door(site=site, nodes=nodes, is_gateway=False)  # type: ignore[arg-type]
+        door = Door(site=site, nodes=nodes, errands=None, is_gateway=False)  # type: ignore[arg-type]
         threads.append(threading.Thread(target=serve, args=(door, its, caller)))
         threads[-1].start()
         return ours

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,17 @@ SPOOL = Path("/run/slurmd")
 FIRST, SECOND = "s1", "s2"
 
 
+def shipped(root: Path) -> Path:
+    """A copy of the files where all nodes of the cluster below ROOT see it: a checkout in /tmp they do not see."""
+    copy = root / "shipped"
+    if not copy.exists():
+        shutil.copytree(FILES, copy)
+        for path in (copy, *copy.rglob("*")):
+            # Whatever the umask of the checkout.
+            path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+    return copy
+
+
 def takes_names() -> bool:
     """Whether Slurm's --container takes anything: since 23.02. Before, it wants a directory with a config.json."""
     printed = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout
@@ -31,7 +43,8 @@ def takes_names() -> bool:
 
 
 def install(host: Host) -> None:
-    """Show hpcctr at its path."""
+    """Show hpcctr at its path. The directory is the machine's, what is mounted on it is the host's; it stays."""
+    INSTALLED.mkdir(mode=0o755, exist_ok=True)
     host.run(["mount", "--bind", str(HPCCTR.parent), str(INSTALLED)])
 
 
@@ -74,15 +87,13 @@ def cluster_of_a_site(name: str) -> Iterator[Cluster]:
     at once, goes by the epilog.
     """
     scripts = (("Prolog", "prolog"), ("Epilog", "epilog"), ("TaskProlog", "task-prolog"))
-    # Before any host: the directory is the machine's, what is mounted on it is a host's. It stays.
-    INSTALLED.mkdir(mode=0o755, exist_ok=True)
     with (
         scratch(name) as root,
         cluster(
             root,
             nodes=2,
             prefix="s",
-            conf="".join(f"{key}={FILES / file}\n" for key, file in scripts) + f"SlurmdSpoolDir={SPOOL}\n",
+            conf="".join(f"{key}={shipped(root) / file}\n" for key, file in scripts) + f"SlurmdSpoolDir={SPOOL}\n",
             files={"oci.conf": (FILES / ("oci.conf" if takes_names() else "oci-22.05.conf")).read_text()},
             carry=[str(SPOOL)],
             linger_seconds=3600,
@@ -100,7 +111,7 @@ def known(made: Cluster, image: str) -> str:
     """Pull an image, tell an older Slurm of it, and return its name in the store."""
     made.pull(image)
     if not takes_names():
-        made.login.run([str(FILES / "make-bundles"), str(bundles(made))], env=made.environment)
+        made.login.run([str(shipped(made.root) / "make-bundles"), str(bundles(made))], env=made.environment)
     node = made.nodes[FIRST]
     rows = json.loads(node.hpcctr("images", "--format", "json").stdout)
     # The archive or directory it was pulled from has the name before the dot, or all of it.

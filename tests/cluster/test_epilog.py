@@ -8,14 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster import site_files
 from tests.cluster.cluster import Cluster, Job, cluster
 from tests.cluster.site_files import (
-    FILES,
     FIRST,
     SECOND,
     cluster_of_a_site,
     hide_engine,
     known,
+    shipped,
     show_engine,
     takes_names,
 )
@@ -45,7 +46,13 @@ def mpi_image(site: Cluster, debian12_mpi_image: str) -> str:
 
 def submitted(site: Cluster, script: str, user: User, *flags: str, image: str, program: str) -> Job:
     """The end of a job script of etc/slurm/jobs; only what it takes from the environment is ours."""
-    argv = ["sbatch", "--parsable", f"--output={user.home}/slurm-%A_%a.out", *flags, str(FILES / "jobs" / script)]
+    argv = [
+        "sbatch",
+        "--parsable",
+        f"--output={user.home}/slurm-%A_%a.out",
+        *flags,
+        str(shipped(site.root) / "jobs" / script),
+    ]
     done = site.run(argv, user=user, env={"IMAGE": image, "PROGRAM": program})
     return site.wait(int(done.stdout), user=user).require_completed()
 
@@ -63,6 +70,18 @@ def test_the_hybrid_script_gives_each_rank_its_cores(site: Cluster, image: str, 
     assert job.output.split() == ["2", "2"]
     threads = submitted(site, "hybrid.sbatch", alice, image=image, program="env").output.splitlines()
     assert threads.count("OMP_NUM_THREADS=2") == 2
+
+
+def test_the_gpu_script_gives_the_device_and_its_number(shared_cluster: Cluster, alice: User, busybox: str) -> None:
+    """Slurm's gres/gpu hands out a device that is no GPU."""
+    for node in shared_cluster.nodes.values():
+        site_files.install(node.host)
+    try:
+        shown = submitted(shared_cluster, "gpu.sbatch", alice, image=busybox, program="env").output.splitlines()
+        assert "CUDA_VISIBLE_DEVICES=0" in shown, shown
+    finally:
+        for node in shared_cluster.nodes.values():
+            site_files.hide(node.host)
 
 
 def test_the_array_script_runs_each_of_its_tasks(site: Cluster, image: str, alice: User) -> None:

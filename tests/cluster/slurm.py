@@ -271,7 +271,11 @@ def slurm(
         private_tmp=private_tmp,
         version="v2" if cgroup2_only else "v1",
     )
-    view = ["env", f"LD_PRELOAD={_cgroup2_view(root)}"] if cgroup2_only else []
+    view = []
+    if cgroup2_only:
+        view = ["env", f"LD_PRELOAD={_cgroup2_view(root)}"]
+        # An init system would have made it.
+        started.login.run(["mkdir", "-p", "/sys/fs/cgroup/system.slice"])
     with contextlib.ExitStack() as stack:
         stack.callback(started.stop)
         _start_munge(started)

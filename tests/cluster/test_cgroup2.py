@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.cluster import Cluster, cluster
-from tests.cluster.site_files import takes_names
 from tests.support.leftovers import require_nothing_new
 from tests.support.scratch import scratch
 from tests.support.users import User
@@ -23,8 +22,6 @@ pytestmark = [pytest.mark.root, pytest.mark.containerd, pytest.mark.timeout(120,
 
 @pytest.fixture(scope="module")
 def modern(busybox_image: str) -> Iterator[Cluster]:
-    if not takes_names():
-        pytest.skip("Slurm 22.05 has version 2 only under systemd")
     with scratch("modern") as root, cluster(root, prefix="v", cgroup2_only=True, runtime="crun") as started:
         before = started.leftovers()
         started.pull(busybox_image)

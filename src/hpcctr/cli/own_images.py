@@ -10,7 +10,7 @@ import msgspec
 
 from hpcctr.cli import errands
 from hpcctr.errand import Errand, Listed, Removed
-from hpcctr.errors import EngineUnreachable
+from hpcctr.errors import EngineUnreachable, ImageNotInStore
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
 from hpcctr.image.shelves import owner_of
 from hpcctr.image.store import Store
@@ -59,6 +59,10 @@ def find(site: Site, text: str) -> Listed | None:
 
 def remove(site: Site, text: str, platform: str) -> Removed:
     """Take a name or image of the user's own away. Raises :class:`ImageNotInStore`."""
+    if not has_own_images(site):
+        raise ImageNotInStore(
+            f"{text} is none of your own images", hint="hpcctr images --mine; others are removed by root"
+        )
     for said in errands.run(Errand(task="remove", image=text, platform=platform), site):
         if isinstance(said, Removed):
             return said

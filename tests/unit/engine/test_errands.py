@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,19 +12,23 @@ import pytest
 from hpcctr.engine import errands
 from hpcctr.engine.errands import Errands
 from hpcctr.errand import Ended, Errand
-from hpcctr.errors import EngineBusy, PolicyDenied, ReferenceWrong, StoreUnusable
+from hpcctr.errors import EngineBusy, PolicyDenied, PullRefused, ReferenceWrong, StoreUnusable
 from hpcctr.site import LimitSettings, Site
 from tests.support.values import a_caller
+
+pytestmark = pytest.mark.root
 
 ALICE = a_caller(uid=4711)
 
 
 def _errands(tmp_path: Path, rules: str = "", **limits: int) -> Errands:
-    directory = tmp_path / "policy.d"
+    directory, store = tmp_path / "policy.d", tmp_path / "store"
+    store.mkdir(exist_ok=True)
+    os.chown(store, 61950, 61950)
     if rules:
         directory.mkdir()
         (directory / "1.toml").write_text(rules)
-    return Errands(Site(policy_directory=str(directory), limits=LimitSettings(**limits)))
+    return Errands(Site(store=str(store), policy_directory=str(directory), limits=LimitSettings(**limits)))
 
 
 def test_without_rules_everybody_may(tmp_path: Path) -> None:
@@ -36,7 +41,6 @@ def test_without_rules_everybody_may(tmp_path: Path) -> None:
         assert _errands(tmp_path).may(errand, ALICE)
 
 
-@pytest.mark.root
 def test_rules_know_pulls_by_the_images_name_and_imports_as_private(tmp_path: Path) -> None:
     rules = (
         '[[rule]]\nname = "a"\naction = "deny"\nimages = ["private/docker.io/*"]\n'
@@ -67,6 +71,14 @@ def test_the_sites_store_takes_no_files_and_no_other_names(tmp_path: Path) -> No
     for name in ("", "../x", "oci:/x"):
         with pytest.raises(ReferenceWrong):
             _errands(tmp_path).may(Errand(task="import", image="oci-archive", name=name), ALICE)
+
+
+def test_a_store_of_roots_is_not_written_for_users(tmp_path: Path) -> None:
+    engine = _errands(tmp_path)
+    os.chown(tmp_path / "store", 0, 0)
+    for errand in (Errand(task="pull", image="x:1"), Errand(task="import", image="oci-archive", name="localhost/x:1")):
+        with pytest.raises(PullRefused, match="belongs to root"):
+            engine.may(errand, ALICE)
 
 
 def test_storekeepers_are_counted_by_user_and_in_all(tmp_path: Path) -> None:

@@ -151,10 +151,13 @@ def test_py_spy_reads_the_stack_from_inside(tools: Profile) -> None:
 
 
 def test_perf_counts_and_records_from_the_host_as_natively(tools: Profile, place: Path) -> None:
-    if tools.node.host.run(["perf", "--version"], check=False).returncode != 0:
+    asked = tools.node.host.run(["perf", "--version"], check=False)
+    if asked.returncode != 0:
         pytest.skip("this machine has no perf")
+    found = re.search(rb"(\d+)\.(\d+)", asked.stdout)
+    assert found is not None, asked.stdout
+    version = (int(found[1]), int(found[2]))
     data = Path(tools.home) / "perf.data"
-    has_names = False
     try:
         for natively in (True, False):
             with _running(tools, natively=natively) as pid:
@@ -163,10 +166,9 @@ def test_perf_counts_and_records_from_the_host_as_natively(tools: Profile, place
                 symfs = [] if natively else ["--symfs", f"/proc/{pid}/root"]
                 text = _host(tools, "perf", "report", "-i", str(data), "--stdio", "--sort", "dso,symbol", *symfs)
                 assert "python3" in text, text
-                # perf 6.12 of Debian 13 finds no names in Python's file, wherever it runs.
                 named = re.search(r"\[\.\] (_Py|Py|list|long)\w+", text) is not None
-                has_names = named if natively else has_names
-                assert named >= has_names, text
+                # perf 6.12 of Debian 13 shows addresses where it is told of another root (--symfs).
+                assert natively or named or version >= (6, 12), text
     finally:
         data.unlink(missing_ok=True)
 

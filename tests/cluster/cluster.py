@@ -80,7 +80,18 @@ class Cluster:
         check: bool | int = True,
     ) -> subprocess.CompletedProcess[bytes]:
         """A command to its end, as `["sbatch", "job"]`; a failure shows the daemons' logs."""
-        return self.slurm.run(argv, user=user, env={**self.environment, **(env or {})}, timeout=timeout, check=check)
+        try:
+            return self.slurm.run(
+                argv, user=user, env={**self.environment, **(env or {})}, timeout=timeout, check=check
+            )
+        except AssertionError:
+            self._cancel(user)
+            raise
+
+    def _cancel(self, user: User | None) -> None:
+        """End what a failed test has left, or the next one would wait for its processors."""
+        name = "root" if user is None else user.name
+        self.login.run(["scancel", f"--user={name}"], env=self.environment, check=False)
 
     def popen(
         self, argv: Sequence[str], *, user: User | None = None, env: Mapping[str, str] | None = None, **options: Any
@@ -116,9 +127,13 @@ class Cluster:
 
     def wait(self, number: int, *, user: User, seconds: float = 90) -> Job:
         """The end of a job handed in by `submit`; its output file is removed."""
-        job = wait_until(
-            lambda: self._ended(number, user), seconds=seconds, what=lambda: f"job {number}\n{self.slurm.logs()}"
-        )
+        try:
+            job = wait_until(
+                lambda: self._ended(number, user), seconds=seconds, what=lambda: f"job {number}\n{self.slurm.logs()}"
+            )
+        except AssertionError:
+            self._cancel(user)
+            raise
         assert job is not None
         return job
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster, cluster
 from tests.support.leftovers import require_nothing_new
+from tests.support.mpi import open_mpi_version
 from tests.support.scratch import scratch
 
 # A device every machine has and nothing else here uses, handed out by Slurm one a node. Slurm 22.05 constrains the
@@ -70,3 +71,10 @@ def debian13(shared_cluster: Cluster, debian13_mpi_image: str) -> str:
     """Open MPI 5 and a newer MPICH in the cluster's store."""
     shared_cluster.pull(debian13_mpi_image)
     return debian13_mpi_image
+
+
+@pytest.fixture(scope="session")
+def like_the_host(request: pytest.FixtureRequest) -> str:
+    """The one of these two images that has the host's version of Open MPI."""
+    name: str = request.getfixturevalue("debian13" if open_mpi_version() >= (5,) else "debian12")
+    return name

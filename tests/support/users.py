@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import grp
 import os
+import platform
 import pwd
 import signal
 import subprocess
@@ -54,10 +55,19 @@ def _run(argv: Sequence[str]) -> None:
     subprocess.run(argv, check=True, capture_output=True)
 
 
+def _uids() -> int:
+    """The first number for accounts: another one in each release of Debian, for tests of one that runs in another's
+    machine (`scripts/on-debian`) must not end the other's processes.
+    """
+    release = platform.freedesktop_os_release().get("VERSION_ID", "0")
+    return 40000 + 100 * int(release.partition(".")[0])
+
+
 def _make(name: str, groups: Sequence[str]) -> None:
     for group in groups:
         _run(["groupadd", "--force", group])
-    _run(["useradd", "--create-home", "--shell", "/bin/bash", "--groups", ",".join(groups), name])
+    options = ["--create-home", "--shell", "/bin/bash", "--groups", ",".join(groups), "-K", f"UID_MIN={_uids()}"]
+    _run(["useradd", *options, name])
     Path(f"/home/{name}").chmod(0o700)
 
 

@@ -99,7 +99,7 @@ secret = os.open("/etc/hostname", os.O_RDONLY)
 os.set_inheritable(secret, True)
 peer, process = confinement.start(uid=uid, gid=gid, code={PROBE!r})
 def sessions(pid):
-    """Of a process and all below it, as the starter sees them: the converter has process numbers of its own."""
+    # As the starter sees them: the converter has process numbers of its own.
     with open(f"/proc/{{pid}}/task/{{pid}}/children") as children:
         below = [number for child in children.read().split() for number in sessions(int(child))]
     return [os.getsid(pid), *below]
@@ -127,7 +127,9 @@ def probe(
     }
     argv = [*before, sys.executable, "-c", DRIVER, json.dumps([uid, gid, wanted])]
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.environ["PATH"], "SECRET": "token"}
-    run = subprocess.run(argv, env=environment, cwd="/", capture_output=True, text=True, timeout=60, start_new_session=True, **popen)
+    run = subprocess.run(
+        argv, env=environment, cwd="/", capture_output=True, text=True, timeout=60, start_new_session=True, **popen
+    )
     answer = run.stdout
     assert answer.startswith("{"), (answer, run.stderr)
     return dict(json.loads(answer))

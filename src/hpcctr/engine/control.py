@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ _ANSWER = "removed"
 _QUESTION_SECONDS = 10.0
 _REMOVE_SECONDS = 15.0
 ANSWER_SECONDS = 30.0
+#: Seconds until the next attempt when the engine is out of descriptors.
+_RELIEF_SECONDS = 0.1
 #: Ids in one answer; of more only the number is told.
 _IDS_MAX = 1000
 
@@ -56,8 +59,14 @@ def _accept(listener: socket.socket, nodes: NodeContainers) -> None:
         try:
             peer, _ = listener.accept()
         except OSError:
-            return
-        threading.Thread(target=_answer, args=(peer, nodes), name="control", daemon=True).start()
+            if listener.fileno() < 0:
+                return
+            time.sleep(_RELIEF_SECONDS)
+            continue
+        try:
+            threading.Thread(target=_answer, args=(peer, nodes), name="control", daemon=True).start()
+        except RuntimeError:
+            peer.close()  # whoever asked learns that nobody answers
 
 
 def _answer(peer: socket.socket, nodes: NodeContainers) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import stat
 import sys
 import threading
+import time
 from collections import Counter
-from types import FrameType
 
 from hpcctr.containerd import Containerd
 from hpcctr.context import Caller
@@ -27,6 +28,8 @@ from hpcctr.wire import ENGINE_SOCKET, RUN_DIRECTORY
 STATE_DIRECTORY = control.STATE_DIRECTORY
 _LISTEN_FDS_START = 3
 _BACKLOG = 1024
+#: Seconds until the next attempt when no session can begin.
+_RELIEF_SECONDS = 0.1
 
 
 class Gateway:
@@ -37,14 +40,33 @@ class Gateway:
         self._lock = threading.Lock()
         self._sessions: Counter[int] = Counter()
 
-    def accept(self, listener: socket.socket) -> None:
-        """Serve until the listener is closed or shut down."""
-        while True:
+    def accept(self, listener: socket.socket, bell: int) -> None:
+        """Serve until the descriptor ``bell`` can be read. The listener stays open: it may be systemd's."""
+        listener.setblocking(False)
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(bell, select.POLLIN)
+        while bell not in (ready := dict(poll.poll())):
+            if listener.fileno() not in ready:
+                continue
             try:
                 peer, _ = listener.accept()
-            except OSError:
-                return
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                # Out of descriptors or memory: sessions that end give some back.
+                print(f"hpcctr-engine: no session can begin: {error.strerror}", file=sys.stderr, flush=True)
+                time.sleep(_RELIEF_SECONDS)
+                continue
+            self._begin(peer)
+
+    def _begin(self, peer: socket.socket) -> None:
+        try:
             threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
+        except RuntimeError:
+            # No thread can be made; the caller learns that nobody serves it.
+            peer.close()
+            print("hpcctr-engine: no session can begin: out of threads", file=sys.stderr, flush=True)
 
     def _serve(self, peer: socket.socket) -> None:
         with peer:
@@ -104,17 +126,25 @@ def serve(site: Site) -> int:
     listener = inherited_listener() or own_listener(ENGINE_SOCKET)
     control.serve(own_listener(control.CONTROL_SOCKET, mode=0o600), nodes)
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        # shutdown() wakes accept(); close() alone would leave it waiting.
-        listener.shutdown(socket.SHUT_RDWR)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    bell = _bell_of_signals()
     print(f"hpcctr-engine: listening on {ENGINE_SOCKET}, store {site.store}", file=sys.stderr, flush=True)
-    Gateway(site, nodes).accept(listener)
+    Gateway(site, nodes).accept(listener, bell)
     listener.close()
     nodes.close(remove=False)
     return 0
+
+
+def _bell_of_signals() -> int:
+    """A descriptor that can be read once SIGTERM or SIGINT has come.
+
+    Not by a handler of Python's: that runs when the main thread next comes back from a system call, and a signal that
+    another thread took, or that came on the way into the call, does not end the call (signal.set_wakeup_fd).
+    """
+    bell, ringer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(ringer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return bell
 
 
 def _raise_descriptor_limit() -> None:

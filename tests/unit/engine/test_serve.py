@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -81,3 +82,82 @@ def test_sessions_are_limited_in_all_and_for_one_user() -> None:
         gateway.begin_session(1002)
     gateway.end_session(1000)
     gateway.begin_session(1002)
+
+
+#: A gateway whose signals never reach its main thread in a system call: another thread takes them all.
+_DEAF = """
+import signal, socket, sys, threading
+from hpcctr.engine import serve
+from hpcctr.site import Site
+bell = serve._bell_of_signals()
+wanted = {signal.SIGTERM, signal.SIGINT}
+is_over = threading.Event()
+threading.Thread(target=is_over.wait).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+with socket.socket(fileno=int(sys.argv[1])) as listener:
+    print("ready", flush=True)
+    serve.Gateway(Site(), nodes=None).accept(listener, bell)
+    print("stopped", listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN), flush=True)
+is_over.set()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_whichever_thread_takes_it_and_leaves_the_socket_open(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        argv = [sys.executable, "-c", _DEAF, str(listener.fileno())]
+        with subprocess.Popen(argv, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert process.communicate(timeout=20)[0] == "stopped 1\n"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(tmp_path / "s"))
+
+
+def test_it_goes_on_when_it_was_out_of_descriptors(tmp_path: Path) -> None:
+    code = """
+import os, resource, socket, sys, threading
+from hpcctr.engine import serve
+from hpcctr.site import Site
+listener = socket.socket(fileno=int(sys.argv[1]))
+bell, ringer = os.pipe()
+highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+gateway = serve.Gateway(Site(), nodes=None)
+served = threading.Event()
+gateway._serve = lambda peer: served.set()
+resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
+filled = []
+try:
+    while True:
+        filled.append(os.dup(0))
+except OSError:
+    pass
+threading.Thread(target=gateway.accept, args=(listener, bell), daemon=True).start()
+print("full", flush=True)
+sys.stdin.readline()
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+print("served", served.wait(20), flush=True)
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == "full\n"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                client.connect(str(tmp_path / "s"))
+                assert "no session can begin: Too many open files" in process.stderr.readline()
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "served True\n"

@@ -30,20 +30,24 @@ StorageLoc=slurm
 _SOCKET = Path("/run/mysqld/mysqld.sock")
 
 
-def start(slurm: Slurm) -> bool:
-    """Start both, and make the cluster known to them. False when this machine's slurmdbd does not work at all.
+def start(slurm: Slurm) -> None:
+    """Start both, and make the cluster known to them.
 
-    With Debian 13's MariaDB client 11.8.9 slurmdbd 24.11.5 ends at once: the library refuses the result of its first
-    query.
+    The database is there before slurmdbd, which would make it itself: after the refused connection by which it finds it
+    missing, MariaDB's library 11.8.9 (Debian 13) takes no result of any query of that process ("maximum allowed number
+    of columns (=0)", error 5027), and slurmdbd ends.
     """
     host, data = slurm.login, slurm.root / "database"
     host.run(["mkdir", str(_SOCKET.parent)])
     options = ["--no-defaults", f"--datadir={data}", "--user=root"]
     install = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
     host.run(["mariadb-install-db", *options, *install])
+    first = slurm.root / "slurm/database.sql"
+    first.write_text("CREATE DATABASE slurm;\n")
     small = ["--skip-networking", "--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0"]
-    slurm.start_daemon(host, "mariadbd", ["mariadbd", *options, *small, f"--socket={_SOCKET}"])
-    wait_until(host.path(_SOCKET).exists, seconds=30, what="the database's socket")
+    database = ["mariadbd", *options, *small, f"--init-file={first}", f"--socket={_SOCKET}"]
+    slurm.start_daemon(host, "mariadbd", database)
+    wait_until(host.path(_SOCKET).exists, seconds=30, what=lambda: f"the database's socket\n{slurm.logs()}")
     conf = slurm.root / "slurm/slurmdbd.conf"
     conf.write_text(_SLURMDBD_CONF.format(root=slurm.root, first=host.root.name))
     # It would hold a password.
@@ -59,13 +63,4 @@ def start(slurm: Slurm) -> bool:
         said[:] = [done.stdout, done.stderr]
         return done.returncode == 0
 
-    def refused() -> bool:
-        log = (slurm.root / "slurm/slurmdbd.log").read_text(errors="replace")
-        return slurm.daemons["slurmdbd"].poll() is not None and "_check_mysql_concat_is_sane: null result" in log
-
-    wait_until(lambda: added() or refused(), seconds=30, what=lambda: f"the accounting daemon; {said}\n{slurm.logs()}")
-    if not refused():
-        return True
-    text = (slurm.root / "slurm/slurm.conf").read_text()
-    (slurm.root / "slurm/slurm.conf").write_text(text.removesuffix(_SLURM_CONF.format(first=host.root.name)))
-    return False
+    wait_until(added, seconds=60, what=lambda: f"the accounting daemon; {said}\n{slurm.logs()}")

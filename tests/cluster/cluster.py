@@ -15,7 +15,7 @@ import contextlib
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +40,11 @@ class Job:
     states: tuple[str, ...]
     exit_codes: tuple[str, ...]
     output: str
+    #: What Slurm's daemons had written last at its end.
+    logs: str = field(repr=False)
 
     def require_completed(self) -> Job:
-        assert set(self.states) == {"COMPLETED"}, self
+        assert set(self.states) == {"COMPLETED"}, f"{self}\n{self.logs}"
         return self
 
 
@@ -158,7 +160,13 @@ class Cluster:
         printed = self.printed(number, user)
         self.login.run(["sh", "-c", f"rm -f slurm-{number}_*.out"], user=user)
         codes = re.findall(r" ExitCode=(\S+)", shown)
-        return Job(number=number, states=tuple(states), exit_codes=tuple(codes), output=printed)
+        return Job(
+            number=number,
+            states=tuple(states),
+            exit_codes=tuple(codes),
+            output=printed,
+            logs=self.slurm.logs(),
+        )
 
     def accounts(self, number: int, fields: str) -> dict[str, str]:
         """What sacct says of an ended job, once it knows all: "" (the job), ".batch", ".0" … to FIELDS, joined by |."""

@@ -37,13 +37,6 @@ def shared_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def accounts(shared_cluster: Cluster) -> None:
-    """sacct knows of every job."""
-    if not shared_cluster.slurm.accounted:
-        pytest.skip("slurmdbd does not work with this machine's MariaDB client library")
-
-
-@pytest.fixture
 def nothing_left(shared_cluster: Cluster) -> Iterator[None]:
     """The test may leave nothing new on any node: process, mount, loop device, container record, cgroup."""
     before = shared_cluster.leftovers()

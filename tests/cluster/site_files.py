@@ -93,7 +93,8 @@ def cluster_of_a_site(name: str) -> Iterator[Cluster]:
             root,
             nodes=2,
             prefix="s",
-            conf="".join(f"{key}={shipped(root) / file}\n" for key, file in scripts) + f"SlurmdSpoolDir={SPOOL}\n",
+            conf="".join(f"{key}={shipped(root) / file}\n" for key, file in scripts)
+            + f"SlurmdSpoolDir={SPOOL}\nLaunchParameters=use_interactive_step\n",
             files={"oci.conf": (FILES / ("oci.conf" if takes_names() else "oci-22.05.conf")).read_text()},
             carry=[str(SPOOL)],
             linger_seconds=3600,

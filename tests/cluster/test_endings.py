@@ -71,9 +71,8 @@ class Twins:
         native, contained = ended["native"], ended["contained"]
         assert contained.states == native.states
         assert contained.exit_codes == native.exit_codes
-        if self.cluster.slurm.accounted:
-            accounts = {kind: self.cluster.accounts(job, "State,ExitCode") for kind, job in self.jobs.items()}
-            assert accounts["contained"] == accounts["native"]
+        accounts = {kind: self.cluster.accounts(job, "State,ExitCode") for kind, job in self.jobs.items()}
+        assert accounts["contained"] == accounts["native"]
         assert _said(contained) == _said(native)
         return contained
 

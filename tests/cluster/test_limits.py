@@ -74,7 +74,6 @@ def _neighbour(cluster: Cluster, user: User, node: str, words: Sequence[str]) ->
         cluster.wait_until_idle()
 
 
-@pytest.mark.usefixtures("accounts")
 def test_too_much_memory_is_reported_as_out_of_memory_and_ends_nothing_else(
     shared_cluster: Cluster, alice: User, bob: User, busybox: str
 ) -> None:
@@ -123,7 +122,6 @@ def _seconds(text: str) -> float:
     return total
 
 
-@pytest.mark.usefixtures("accounts")
 def test_accounts_of_memory_and_processor_time_are_those_of_the_native_step(
     shared_cluster: Cluster, alice: User, busybox: str
 ) -> None:

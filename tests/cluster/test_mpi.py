@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.support.mpi import Family, Report, contained, native, reports, require_one_job, script
+from tests.support.mpi import Family, Report, contained, mpirun, native, reports, require_one_job, script
 from tests.support.polling import wait_until
 from tests.support.users import User
 
@@ -61,14 +61,14 @@ def test_eight_tasks_on_two_nodes_form_one_job_and_need_one_container_a_node(
 @pytest.mark.parametrize("launch", ["salloc", "sbatch"])
 @pytest.mark.parametrize("family", ["openmpi", "mpich"])
 def test_a_launcher_in_an_allocation_starts_ranks_on_all_its_nodes(
-    shared_cluster: Cluster, alice: User, like_the_host: str, family: Family, launch: str
+    shared_cluster: Cluster, alice: User, image: str, family: Family, launch: str
 ) -> None:
-    """Its daemons (orted, hydra_pmi_proxy) are steps of Slurm's; each starts its node's ranks."""
+    """Its daemons (orted or prted, hydra_pmi_proxy) are steps of Slurm's; each starts its node's ranks."""
     launchers = {
-        "openmpi": ["mpirun.openmpi", "-n", "4", "--map-by", "node"],
+        "openmpi": mpirun(4, flags=["--map-by", "node"]),
         "mpich": ["mpiexec.hydra", "-bootstrap", "slurm", "-ppn", "2", "-n", "4"],
     }
-    words = [*launchers[family], *shared_cluster.inside(like_the_host, contained(family, "report"))]
+    words = [*launchers[family], *shared_cluster.inside(image, contained(family, "report"))]
     allocation = ["-N2", "-n4", "--ntasks-per-node=2"]
     if launch == "salloc":
         output = shared_cluster.salloc(*allocation, *words, user=alice).stdout

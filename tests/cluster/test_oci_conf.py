@@ -187,6 +187,35 @@ def test_a_batch_script_runs_in_the_image(site: Cluster, image: str, alice: User
     assert "/usr/bin/tail: No such file" in job.output and "/srun" not in job.output
 
 
+def test_the_interactive_step_of_an_allocation_runs_in_the_image(site: Cluster, image: str, alice: User) -> None:
+    """The shell that salloc starts when it is given no command."""
+    typed = b"test -e /usr/bin/tail || echo in the image of job $SLURM_JOB_ID\n"
+    allocation = ["salloc", "--quiet", "--ntasks=1", f"--container={container(site, image)}"]
+    env = {**site.environment, "SHELL": "/bin/sh"}
+    done = site.login.run(allocation, user=alice, env=env, input=typed)
+    assert done.stdout.startswith(b"in the image of job "), done
+
+
+def test_a_step_of_such_an_allocation_runs_in_the_image_when_it_is_given_it_itself(
+    site: Cluster, image: str, alice: User
+) -> None:
+    """Slurm tells every step of it of the container, and puts none in it but the interactive one."""
+    allocation = [f"--nodelist={FIRST}", "--ntasks=1", f"--container={container(site, image)}", "sh", "-c"]
+    look = "sh -c 'test -e /usr/bin/tail && echo on the bare host || echo in the image'"
+    refused = site.salloc(*allocation, f"srun --quiet {look}", user=alice, check=125)
+    assert b"error[slurm-task]" in refused.stdout and b"the bare host\n" not in refused.stdout
+    inside = site.salloc(*allocation, f'srun --quiet --container="$SLURM_CONTAINER" {look}', user=alice)
+    outside = site.salloc(*allocation, f"env -u SLURM_CONTAINER srun --quiet {look}", user=alice)
+    assert (inside.stdout, outside.stdout) == (b"in the image\n", b"on the bare host\n")
+
+
+@pytest.mark.skipif("not takes_names()", reason="this Slurm cannot")
+def test_components_of_a_heterogeneous_job_run_in_the_image(site: Cluster, image: str, alice: User) -> None:
+    step = ["--ntasks=1", f"--container={container(site, image)}", "sh", "-c", "test ! -e /usr/bin/tail && hostname"]
+    done = site.srun(f"--nodelist={FIRST}", *step, ":", f"--nodelist={SECOND}", *step, user=alice)
+    assert sorted(done.stdout.split()) == [FIRST.encode(), SECOND.encode()]
+
+
 def _step_after_loss(site: Cluster, image: str, alice: User, take: Callable[[Host], None]) -> str:
     """What a step with --container prints, and its status, when its node loses something after the job has begun."""
     host = site.nodes[FIRST].host

@@ -23,6 +23,7 @@ def private(busybox_image: str) -> Iterator[Cluster]:
         started.pull(busybox_image)
         yield started
         started.wait_until_idle()
+        started.slurm.remove_empty_job_cgroups()
         require_nothing_new(before)
 
 

@@ -1,4 +1,4 @@
-"""Measurements: what a launch costs next to other launchers, and what MPI costs next to the bare host.
+"""Measurements: what a launch and a pull cost next to other launchers, and what MPI costs next to the bare host.
 
 Started by scripts/bench. Everything compared is measured in the same run, in turns, so that the machine's other work
 meets all alike; medians are printed, and what could not be measured is left out with the reason.
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.cluster import bench as cluster_bench
-from tests.support import images
+from tests.support import bench_pull, images
 from tests.support.engine import HPCCTR
 from tests.support.host import Host
 from tests.support.mpi import LAUNCHERS, Family, PingPong, contained, native
@@ -30,7 +30,7 @@ from tests.support.scratch import scratch
 from tests.support.users import User, users
 
 DOCUMENT = Path(__file__).parents[2] / "docs/performance.md"
-PEERS = ("podman", "uidmap", "charliecloud-runtime")
+PEERS = ("podman", "uidmap", "charliecloud-runtime", "charliecloud-builders", "python3-lark", "python3-requests")
 """Debian packages only the comparison needs."""
 
 _STARTER = """
@@ -250,7 +250,12 @@ def _write(section: str, text: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Measure what is named and print it; the exit status."""
-    sections: dict[str, Callable[[int], str]] = {"launch": launch, "mpi": mpi, "slurm": cluster_bench.slurm}
+    sections: dict[str, Callable[[int], str]] = {
+        "launch": launch,
+        "mpi": mpi,
+        "pull": bench_pull.pull,
+        "slurm": cluster_bench.slurm,
+    }
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure hpcctr and its peers on this machine.")
     parser.add_argument("section", nargs="*", choices=[*sections, []], default=[], help="default: all")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each (default: 15)")

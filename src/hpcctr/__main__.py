@@ -40,6 +40,7 @@ def _take_short_lane(verb: str, arguments: list[str]) -> None:
         words = RunWords.parse(arguments)
         if words.explain or words.pull == "always":
             return
+        words = words.settled()
         from hpcctr.client.run import run
 
         try:

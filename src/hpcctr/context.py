@@ -11,10 +11,10 @@ import os
 import select
 import socket
 import struct
-import sys
 from dataclasses import dataclass
 
 from hpcctr.errors import CallerRefused, CallerTraced, NoNewPrivileges
+from hpcctr.processor import machine as machine
 
 #: getsockopt values of include/uapi/asm-generic/socket.h that Python's socket module does not name.
 _SO_PEERGROUPS = 59
@@ -163,12 +163,3 @@ def _peer_pidfd(peer: socket.socket, pid: int) -> int:
         return os.pidfd_open(pid)
     except OSError:
         raise CallerRefused(f"pid {pid} has ended") from None
-
-
-def machine() -> str:
-    """The processor in OCI's word for it (GOARCH): ``amd64``, ``arm64``, …
-
-    Python's own where it says: uname(2) tells a caller with the personality linux32 (setarch) another.
-    """
-    name = getattr(sys.implementation, "_multiarch", "").partition("-")[0] or os.uname().machine
-    return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(name, name)

@@ -15,8 +15,9 @@ from hpcctr.image.record import ImageRecord
 from hpcctr.wire import Frame
 
 #: ``pull`` from a registry into the shared store, ``import`` an archive into the user's own, ``images`` and ``remove``
-#: of the user's own.
-Task = Literal["pull", "import", "images", "remove"]
+#: of the user's own; ``share``, ``unshare`` and ``shares`` of one of them with others, ``shared`` and ``inspect`` of
+#: what others share with the user; ``verify`` that the file of one of the user's own is what was published.
+Task = Literal["pull", "import", "images", "remove", "share", "unshare", "shares", "shared", "inspect", "verify"]
 _TASKS: tuple[str, ...] = get_args(Task)
 #: Bytes of a name, platform or source in an errand.
 _WORD_MAX = 8192
@@ -26,7 +27,8 @@ LINE_MAX = 8 << 20
 
 class Errand(msgspec.Struct, frozen=True, kw_only=True):
     """A claim: what to do, with which image. For ``import``, ``name`` is the name to give and ``source`` what the user
-    calls the source; ``image`` is the archive's kind and the reference in it, as ``oci-archive::tag``.
+    calls the source; ``image`` is the archive's kind and the reference in it, as ``oci-archive::tag``. ``grantees`` are
+    users and groups by number, ``uid-1000,gid-100``.
     """
 
     task: Task
@@ -34,13 +36,17 @@ class Errand(msgspec.Struct, frozen=True, kw_only=True):
     platform: str = ""
     name: str = ""
     source: str = ""
+    grantees: str = ""
+    #: ``yes``: of ``pull`` and ``import``, read an image that is stored already and bring it anew when it is damaged.
+    verify: str = ""
 
     VERB = "store"
-    KEYS = frozenset({"task", "image", "platform", "name", "source"})
+    KEYS = frozenset({"task", "image", "platform", "name", "source", "grantees", "verify"})
 
     def frame(self) -> Frame:
         """The errand as a frame."""
-        words = ((key, getattr(self, key)) for key in ("task", "image", "platform", "name", "source"))
+        keys = ("task", "image", "platform", "name", "source", "grantees", "verify")
+        words = ((key, getattr(self, key)) for key in keys)
         return Frame(self.VERB, [(key, word.encode()) for key, word in words if word])
 
     @classmethod
@@ -53,6 +59,8 @@ class Errand(msgspec.Struct, frozen=True, kw_only=True):
         for key, word in words.items():
             if len(word) > _WORD_MAX or not word.isprintable():
                 raise ProtocolBroken(f"field {key} of an errand is too long or has control characters")
+        if words["verify"] not in ("", "yes"):
+            raise ProtocolBroken("field verify of an errand is neither empty nor yes")
         return msgspec.convert(words, cls)
 
 
@@ -62,7 +70,9 @@ class Progressed(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     stage: str
     done: int
     total: int
+    #: Who does it, when that is somebody else, and their stage.
     who: str = ""
+    doing: str = ""
 
 
 class Pulled(msgspec.Struct, frozen=True, kw_only=True, tag="pulled"):
@@ -72,24 +82,44 @@ class Pulled(msgspec.Struct, frozen=True, kw_only=True, tag="pulled"):
     digest: str
     file_size: int
     was_stored: bool
+    platform: str = ""
 
 
 class Listed(msgspec.Struct, frozen=True, kw_only=True, tag="listed"):
-    """One of the user's own images; None when the name's image is gone."""
+    """One of the user's own images, or of ``owner``'s (a uid); ``record`` is None when the name's image is gone."""
 
     name: str
     platform: str
     digest: str
     since: str
     record: ImageRecord | None = None
+    #: Seconds since the epoch when a node last began or ended to use it, or it was brought or named; 0 when unknown.
+    last_used: float = 0.0
+    owner: int | None = None
+
+
+class Granted(msgspec.Struct, frozen=True, kw_only=True, tag="granted"):
+    """Whom an image is shared with: ``uid-1000`` or ``gid-100``, and since when."""
+
+    image: str
+    grantee: str
+    since: str
+
+
+class Quota(msgspec.Struct, frozen=True, kw_only=True, tag="quota"):
+    """What the user's own images take, and may take, in bytes."""
+
+    used: int
+    limit: int
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, tag="removed"):
-    """What was taken away: names, digests, bytes."""
+    """What was taken away: names, digests, bytes; and the nodes because of which some of the bytes stay for now."""
 
     names: tuple[str, ...]
     digests: tuple[str, ...]
     freed: int
+    used_on: tuple[str, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -113,4 +143,4 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
     """Nothing more comes, and nothing failed."""
 
 
-Said = Progressed | Pulled | Listed | Removed | Failed | Ended
+Said = Progressed | Pulled | Listed | Granted | Quota | Removed | Failed | Ended

@@ -210,6 +210,38 @@ class ImageNotInStore(HpcctrError):
     slug = "image-not-in-store"
 
 
+class ImageGone(ImageNotInStore):
+    """What a name meant when the job started is no longer in the store."""
+
+    slug = "image-gone"
+
+
+class ImageNotYours(HpcctrError):
+    """An image that another user shares is its owner's to change, share and remove."""
+
+    slug = "not-your-image"
+    exit_status = REFUSED
+
+
+class NameTaken(HpcctrError):
+    """A name of the site's means another image already."""
+
+    slug = "name-taken"
+    exit_status = REFUSED
+
+
+class LockFileWrong(HpcctrError):
+    """A lock file cannot be read or written, or is none."""
+
+    slug = "lock-file"
+
+
+class ImageNotLocked(HpcctrError):
+    """A lock file has no digest for the image."""
+
+    slug = "not-locked"
+
+
 class PullRefused(HpcctrError):
     """The site does not let users fetch images, or not here."""
 
@@ -227,6 +259,12 @@ class ImageBroken(HpcctrError):
     """An image's bytes are not what its digests and formats promise."""
 
     slug = "image-broken"
+
+
+class ImageDamaged(ImageBroken):
+    """The file of a stored image is not what was published."""
+
+    slug = "image-damaged"
 
 
 class PlatformMissing(HpcctrError):

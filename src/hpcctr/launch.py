@@ -23,7 +23,14 @@ def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
         rules,
         caller=caller,
         user_names=account.names_for(rules, caller),
-        image=shelves.find(site.store, caller.uid, request.image, Platform(os="linux", architecture=machine())),
+        image=shelves.find(
+            site.store,
+            caller.uid,
+            request.image,
+            Platform(os="linux", architecture=machine()),
+            gids=(caller.gid, *caller.groups),
+            as_of=request.as_of,
+        ),
         edits=edits.of_site(site),
         targets=request.targets_with(site.carry),
     )
@@ -36,7 +43,9 @@ def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Gran
         rules,
         caller=caller,
         user_names=account.names_for(rules, caller),
-        image=shelves.image_known_as(site.store, caller.uid, view.place.image_digest, request.image),
+        image=shelves.image_known_as(
+            site.store, caller.uid, view.place.image_digest, request.image, gids=(caller.gid, *caller.groups)
+        ),
         edits=edits.of_site(site),
         targets=(),
     )

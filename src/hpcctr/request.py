@@ -5,7 +5,7 @@ parses by it (:func:`RunWords.parse`), the typer command is made from it, and do
 :class:`LaunchRequest` or :class:`ExecRequest` is all that leaves the user's process: no uid, no command, no
 environment, no source path.
 
-Imports nothing but the error classes and frames: it is part of every launch.
+Imports nothing but the error classes, frames and lock files: it is part of every launch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 
 from hpcctr.errors import NoCommand, ProtocolBroken, UsageWrong
+from hpcctr.lockfile import locked_image
 from hpcctr.wire import Frame
 
 TYPE_CHECKING = False
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 TARGETS_MAX = 120
 #: Of Linux, the closing zero byte included (linux/limits.h).
 PATH_MAX = 4096
+#: Digits of a moment in seconds since 1970: enough for three thousand years.
+AS_OF_DIGITS = 11
 #: Above every pid the kernel gives out (PID_MAX_LIMIT in linux/threads.h).
 _PID_END = 4194305
 #: Places a mount target may never be at or below; enter refuses them again.
@@ -83,6 +86,12 @@ RUN_OPTIONS = (
     Option(
         "platform", ("--platform",), "Platform to pull, as OS/ARCH[/VARIANT]; default: this node's.", metavar="PLATFORM"
     ),
+    Option(
+        "locked",
+        ("--locked",),
+        "Take the digest that a file of pull --lock has for IMAGE; refuse what is not in it.",
+        metavar="FILE",
+    ),
     Option("explain", ("--explain",), "Print what would be granted, mounted and set, and run nothing."),
 )
 EXEC_OPTIONS = tuple(option for option in RUN_OPTIONS if option.name in ("env", "clean_env", "workdir"))
@@ -102,6 +111,7 @@ class RunWords:
         "env",
         "explain",
         "image",
+        "locked",
         "no_home",
         "platform",
         "pull",
@@ -122,6 +132,7 @@ class RunWords:
         self.explain = False
         self.pull = "missing"
         self.platform = ""
+        self.locked = ""
         for name, value in options.items():
             if name not in self.__slots__:
                 raise TypeError(name)
@@ -137,6 +148,16 @@ class RunWords:
         """
         options, image, command = _split(arguments, RUN_OPTIONS)
         return cls(image, command, **options)
+
+    def settled(self) -> RunWords:
+        """The same with an image that a lock file has settled, where one is to.
+
+        Raises :class:`LockFileWrong`, :class:`ImageNotLocked`.
+        """
+        if not self.locked:
+            return self
+        options = {name: getattr(self, name) for name in self.__slots__ if name not in ("image", "command", "locked")}
+        return RunWords(locked_image(self.locked, self.image, self.platform), self.command or (), **options)
 
 
 class ExecWords:
@@ -254,17 +275,25 @@ def target_problem(path: bytes) -> str:
 class LaunchRequest:
     """What crosses the socket: the image and the names of mount targets. A claim, decided on by policy."""
 
-    __slots__ = ("explain", "image", "platform", "targets")
-    KEYS = frozenset({"image", "platform", "target", "explain"})
+    __slots__ = ("as_of", "explain", "image", "platform", "targets")
+    KEYS = frozenset({"image", "platform", "target", "explain", "as-of"})
     VERB = "run"
 
     def __init__(
-        self, *, image: str, targets: Sequence[Target] = (), platform: str = "", explain: bool = False
+        self,
+        *,
+        image: str,
+        targets: Sequence[Target] = (),
+        platform: str = "",
+        explain: bool = False,
+        as_of: int | None = None,
     ) -> None:
         self.image = image
         self.targets = tuple(targets)
         self.platform = platform
         self.explain = explain
+        #: Seconds since 1970: the name is to mean what it meant then. None: what it means now.
+        self.as_of = as_of
 
     def targets_with(self, carry: Sequence[str]) -> tuple[Target, ...]:
         """The targets and the site's directories, without those that lie below another: they exist in the other's
@@ -286,6 +315,8 @@ class LaunchRequest:
             fields.append(("platform", os.fsencode(self.platform)))
         if self.explain:
             fields.append(("explain", b"yes"))
+        if self.as_of is not None:
+            fields.append(("as-of", b"%d" % self.as_of))
         fields += [("target", target.kind.encode() + b":" + target.path) for target in self.targets]
         return Frame(self.VERB, fields)
 
@@ -301,11 +332,15 @@ class LaunchRequest:
         explain = untrusted.one("explain", b"no")
         if explain not in (b"yes", b"no"):
             raise ProtocolBroken("explain is neither yes nor no")
+        as_of = untrusted.one("as-of", b"")
+        if as_of and not (as_of.isdigit() and len(as_of) <= AS_OF_DIGITS):
+            raise ProtocolBroken("as-of is no number of seconds")
         return cls(
             image=untrusted.text("image"),
             platform=untrusted.text("platform", ""),
             targets=sorted(targets, key=lambda target: target.path.split(b"/")),
             explain=explain == b"yes",
+            as_of=int(as_of) if as_of else None,
         )
 
 

@@ -48,6 +48,8 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     errands_per_uid: int = 8
     #: What one user's own images may take in the store.
     bytes_per_uid: int = 200 * 2**30
+    #: Users and groups one user may share images with, each image counted.
+    shares_per_uid: int = 256
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -70,6 +72,12 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: Where users' launches and pulls may fetch what the store lacks. ``outside-jobs`` where compute nodes have no way
     #: out, or its use should not count for a job; ``nowhere`` leaves it to the administrator.
     pull: Literal["anywhere", "outside-jobs", "nowhere"] = "anywhere"
+    #: Days a node's mark on an image it uses counts when the node never takes it away: longer than a job may run.
+    mark_days: float = 60.0
+    #: Read an image's file as a whole, and compare it with its digest, before a node mounts it for the first time.
+    verify_at_mount: bool = False
+    #: Keep the blobs of pulls from registries in an OCI layout, STORE/layout.
+    keep_blobs: bool = False
     containerd: ContainerdSettings = ContainerdSettings()
     registry: dict[str, RegistrySettings] = {}
     limits: LimitSettings = LimitSettings()
@@ -112,6 +120,8 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for key, value in paths:
             if not value.startswith("/") or os.path.normpath(value) != value or value == "/":
                 raise SiteFileWrong(f"{name}: {key} = {value!r} is not a plain absolute path", hint=f"edit {name}")
+        if not 1 <= site.mark_days <= 3650:
+            raise SiteFileWrong(f"{name}: mark-days = {site.mark_days} is not 1 to 3650 days", hint=f"edit {name}")
         for settings in site.registry.values():
             for mirror in settings.mirrors:
                 if not mirror or mirror.startswith("/") or "://" in mirror or not mirror.isascii() or " " in mirror:

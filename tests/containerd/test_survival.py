@@ -57,6 +57,22 @@ def test_a_container_in_use_is_taken_over_by_the_next_engine(clean: Containerd, 
         wait_until(lambda: _squashfs(clean) == 0, what="removal of the image mount")
 
 
+def test_a_container_that_goes_lets_go_of_its_namespace_whoever_remembers_it(clean: Containerd, image: Path) -> None:
+    """Else the kernel keeps the image's loop device for as long as Python keeps the value."""
+    first = launch(clean, image)
+    used = first.get()
+    member = first.enter(used)
+    first.kill()
+    with node_engine(clean, image, linger_seconds=0.1) as second:
+        second.call("adopt")
+        second.call("remember")
+        held = second.call("descriptors")
+        _end(member)
+        wait_until(lambda: clean.containers() == (), what="removal")
+        # The namespace's, and that of the member.
+        wait_until(lambda: second.call("descriptors") == held - 2, what="the end of the namespace")
+
+
 def test_nothing_is_left_of_an_engine_that_died_without_members(clean: Containerd, image: Path) -> None:
     first = launch(clean, image)
     for uid in (61000, 61001):

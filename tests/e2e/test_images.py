@@ -156,7 +156,7 @@ def test_everybody_can_read_what_a_pull_with_a_tight_umask_wrote(tmp_path: Path,
         os.umask(earlier)
     for path in Path(site.store).rglob("*"):
         mode = stat.S_IMODE(path.stat().st_mode)
-        expected = 0o700 if path.name in ("tmp", "blobs", "claims") else 0o755 if path.is_dir() else 0o644
+        expected = 0o700 if path.name in ("tmp", "blobs", "claims", "uses") else 0o755 if path.is_dir() else 0o644
         assert (str(path), oct(mode)) == (str(path), oct(expected))
         assert path.stat().st_uid == os.geteuid()
 

@@ -297,7 +297,7 @@ def test_a_damaged_file_is_found_and_brought_anew(registry: Registry, place: Pat
         return host.run([program, *words, str(ref)], env=environment, check=check if check else True)
 
     said = hpcctr("inspect", "--verify", check=125).stderr.decode()
-    assert "error[image-broken]" in said
+    assert "error[image-damaged]" in said
     assert f"hint: hpcctr pull --verify {ref}" in said
     assert b"up to date" in hpcctr("pull").stderr
     assert b"up to date" not in hpcctr("pull", "--verify").stderr

@@ -6,6 +6,7 @@ Runs inside a Host, since containers are mounted where containerd is. A line is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -64,8 +65,9 @@ class Driver:
         self.nodes = NodeContainers(
             site=site, containerd=Containerd(settings["socket"]), state=settings["state"], owner=settings["owner"]
         )
-        self.held: dict[str, NodeContainer] = {}
+        self.held: dict[str, list[NodeContainer]] = {}
         self.opened: list[str] = []
+        self.remembered: list[NodeContainer | None] = []
 
     def adopt(self) -> None:
         self.nodes.adopt()
@@ -82,7 +84,7 @@ class Driver:
         finally:
             os.close(pidfd)
         seconds = time.perf_counter() - before
-        self.held[container.container_id] = container
+        self.held.setdefault(container.container_id, []).append(container)
         return {
             "container_id": container.container_id,
             "key": container.key,
@@ -112,12 +114,18 @@ class Driver:
         pidfd = os.pidfd_open(pid)
         try:
             caller = Caller(pid=pid, pidfd=pidfd, uid=0, gid=0, groups=())
-            self.nodes.join(self.held[container_id], caller)
+            self.nodes.join(self.held[container_id][0], caller)
         finally:
             os.close(pidfd)
 
     def forget(self) -> None:
+        for container in itertools.chain.from_iterable(self.held.values()):
+            container.close()
         self.held.clear()
+
+    def remember(self) -> None:
+        """What the frames of an exception in a reference cycle do: keep every container there is now."""
+        self.remembered = [slot.container for slot in self.nodes._slots.values()]
 
     def open_namespace(self, container_id: str, pid: int) -> None:
         os.close(self.nodes._builder.open_namespace(container_id, pid))
@@ -138,7 +146,7 @@ class Driver:
             return next(int(line.split()[1]) for line in file if line.startswith("voluntary_ctxt_switches"))
 
     def close(self, remove: bool) -> None:
-        self.held.clear()
+        self.forget()
         self.nodes.close(remove=remove)
 
 

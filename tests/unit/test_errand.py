@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcctr.errand import Ended, Errand, Failed, Listed, Progressed, Pulled, Removed, Said
+from hpcctr.errand import Ended, Errand, Failed, Granted, Listed, Progressed, Pulled, Removed, Said
 from hpcctr.errors import HpcctrError, ImageNotInStore, PolicyDenied, ProtocolBroken
 from hpcctr.wire import Frame
 
 words = st.text(st.characters(exclude_categories=("C", "Z")), max_size=200)
 
 
-@given(image=words, platform=words, name=words, source=words)
-def test_an_errand_crosses_unchanged(image: str, platform: str, name: str, source: str) -> None:
-    errand = Errand(task="import", image=image, platform=platform, name=name, source=source)
+@given(image=words, platform=words, name=words, source=words, grantees=words)
+def test_an_errand_crosses_unchanged(image: str, platform: str, name: str, source: str, grantees: str) -> None:
+    errand = Errand(task="import", image=image, platform=platform, name=name, source=source, grantees=grantees)
     assert Errand.of_frame(Frame.unpack(errand.frame().pack())) == errand
 
 
@@ -43,6 +43,8 @@ def test_what_a_storekeeper_says_is_read_back_as_what_it_was() -> None:
         Progressed(stage="download", done=1, total=2, who="pid 7 on n1"),
         Pulled(name="a:1", digest="sha256:0", file_size=3, was_stored=False),
         Listed(name="a:1", platform="linux/amd64", digest="sha256:0", since="now"),
+        Listed(name="a:1", platform="linux/amd64", digest="sha256:0", since="now", owner=4711),
+        Granted(image="a:1", grantee="uid-7", since="now"),
         Removed(names=("a:1",), digests=(), freed=0),
         Failed(slug="store", message="m", hint="h"),
         Ended(),

@@ -24,14 +24,18 @@ PROVEN_ELSEWHERE = {
     "cli/ps_cmd.py": "tests/e2e",
     "cli/doctor_cmd.py": "tests/e2e",
     "cli/images_cmd.py": "tests/e2e",
+    "cli/gc_cmd.py": "tests/e2e",
     "cli/explain.py": "tests/e2e",
     "cli/bringing.py": "tests/e2e",
     "cli/errands.py": "tests/e2e",
     "cli/own_images.py": "tests/e2e",
+    "cli/share_cmd.py": "tests/e2e",
+    "cli/shared_images.py": "tests/e2e",
     "cli/progress.py": "tests/e2e",
     "storekeeper/start.py": "tests/attacks",
     "storekeeper/descent.py": "tests/attacks",
     "storekeeper/work.py": "tests/attacks",
+    "storekeeper/sharing.py": "tests/attacks",
 }
 
 

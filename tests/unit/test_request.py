@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcctr.errors import NoCommand, ProtocolBroken, UsageWrong
+from hpcctr.errors import ImageNotLocked, NoCommand, ProtocolBroken, UsageWrong
+from hpcctr.processor import machine
 from hpcctr.request import (
     TARGETS_MAX,
     ExecRequest,
@@ -38,7 +41,7 @@ def test_a_request_comes_out_as_it_went_in(image: str, paths: set[bytes]) -> Non
 
 
 def test_a_request_carries_no_uid_no_command_no_environment_and_no_source() -> None:
-    assert sorted(LaunchRequest.KEYS) == ["explain", "image", "platform", "target"]
+    assert sorted(LaunchRequest.KEYS) == ["as-of", "explain", "image", "platform", "target"]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,11 @@ def test_a_request_carries_no_uid_no_command_no_environment_and_no_source() -> N
         [("image", b"a"), ("uid", b"0")],
         [("image", b"\xff")],
         [("image", b"a"), ("explain", b"maybe")],
+        *(
+            [("image", b"a"), ("as-of", said)]
+            for said in (b"-1", b"+1", b"1.5", b" 1", b"x", b"0x1", b"9" * 12, b"\xd9\xa1")
+        ),
+        [("image", b"a"), ("as-of", b"1"), ("as-of", b"2")],
         [("image", b"a"), ("target", b"/x")],
         [("image", b"a"), ("target", b"x:/x")],
         [("image", b"a"), ("target", b"d:x")],
@@ -70,6 +78,26 @@ def test_a_request_carries_no_uid_no_command_no_environment_and_no_source() -> N
 def test_a_malformed_request_is_refused(fields: list[tuple[str, bytes]]) -> None:
     with pytest.raises(ProtocolBroken):
         LaunchRequest.of_frame(Frame("run", fields))
+
+
+@given(st.none() | st.integers(0, 10**11 - 1))
+def test_the_moment_a_name_is_meant_at_comes_out_as_it_went_in(moment: int | None) -> None:
+    sent = LaunchRequest(image="a:1", as_of=moment)
+    assert LaunchRequest.of_frame(Frame.unpack(sent.frame().pack())).as_of == moment
+
+
+def test_words_are_settled_by_a_lock_file(tmp_path: Path) -> None:
+    digest = "sha256:" + "a" * 64
+    lock = tmp_path / "images.lock"
+    lock.write_text(f"docker.io/library/app:1 {digest} linux/{machine()}\n")
+    words = RunWords.parse(["--locked", str(lock), "-e", "A=1", "--pull", "never", "app:1", "--", "x"]).settled()
+    assert (words.image, words.command, words.env) == (f"docker.io/library/app:1@{digest}", (b"x",), (b"A=1",))
+    assert (words.locked, words.pull) == ("", "never")
+    assert RunWords.parse(["--locked", str(lock), "app:1"]).settled().command is None
+    with pytest.raises(ImageNotLocked):
+        RunWords.parse(["--locked", str(lock), "app:2"]).settled()
+    plain = RunWords.parse(["app:1"])
+    assert plain.settled() is plain
 
 
 def test_names_that_only_begin_like_a_forbidden_place_are_possible() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import hpcctr
-from hpcctr.cli import cleanup_cmd, doctor_cmd, engine_cmd, exec_cmd, images_cmd, ps_cmd, run_cmd
+from hpcctr.cli import cleanup_cmd, doctor_cmd, engine_cmd, exec_cmd, gc_cmd, images_cmd, ps_cmd, run_cmd, share_cmd
 from hpcctr.errors import HpcctrError
 
 app = typer.Typer(
@@ -43,7 +43,9 @@ app.command("pull")(images_cmd.pull)
 app.command("images")(images_cmd.images)
 app.command("inspect")(images_cmd.inspect)
 app.command("rm")(images_cmd.rm)
-app.command("gc")(images_cmd.gc)
+app.command("gc")(gc_cmd.gc)
+app.command("share")(share_cmd.share)
+app.command("promote")(share_cmd.promote)
 app.command("ps")(ps_cmd.ps)
 app.command("cleanup")(cleanup_cmd.cleanup)
 app.command("doctor")(doctor_cmd.doctor)

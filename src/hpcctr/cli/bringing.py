@@ -18,6 +18,7 @@ from hpcctr.cli.progress import say, shown
 from hpcctr.cli.table import printable, size
 from hpcctr.errand import Errand, Progressed, Pulled
 from hpcctr.errors import (
+    ImageGone,
     ImageNotInStore,
     NotAnImage,
     PullRefused,
@@ -33,21 +34,29 @@ from hpcctr.image.compression import CHUNK, decompressed, is_compressed
 from hpcctr.image.progress import Progress
 from hpcctr.image.record import Platform
 from hpcctr.image.reference import ImageRef
-from hpcctr.image.shelves import owner_of
-from hpcctr.image.store import source_text
+from hpcctr.image.shelves import is_shared_name, owner_of
+from hpcctr.image.store import Store, source_text
+from hpcctr.lockfile import Locked
 from hpcctr.request import RunWords
 from hpcctr.site import Site
 
 Tell = Callable[[Progressed], None]
 
 
-def pull_one(text: str, *, platform: str = "", name: str = "", is_private: bool = False, verify: bool = False) -> str:
-    """Bring one image, with progress on stderr; the name to run it by."""
+def pull_one(
+    text: str, *, platform: str = "", name: str = "", is_private: bool = False, verify: bool = False
+) -> Locked:
+    """Bring one image, with progress on stderr; the name to run it by, and what that is."""
+    if is_shared_name(text):
+        raise UsageWrong(
+            f"{text} is another user's image, in the store already", hint=f"hpcctr run {text}; hpcctr inspect {text}"
+        )
     ref = ImageRef.parse(text)
+    site = Site.of_this_process()
     with shown(printable(text)) as progress:
         pulled = bring(
             ref,
-            Site.of_this_process(),
+            site,
             platform=platform,
             name=name,
             is_private=is_private,
@@ -55,18 +64,23 @@ def pull_one(text: str, *, platform: str = "", name: str = "", is_private: bool 
             tell=progress.update,
         )
     if pulled is None:  # another launch of this user's did it, and has said so
-        return ref.name_in_store().familiar
+        image = Store.open(site.store).find(str(ref), platforms.parse(platform) if platform else None)
+        return Locked(name=image.name, digest=image.record.digest, platform=str(image.record.platform))
     state = "up to date" if pulled.was_stored else f"pulled, {size(pulled.file_size)}"
-    named = ImageRef.parse(pulled.name).familiar
-    say(f"{named}: {state}, {pulled.digest}")
-    return named
+    say(f"{ImageRef.parse(pulled.name).familiar}: {state}, {pulled.digest}")
+    return Locked(name=pulled.name, digest=pulled.digest, platform=pulled.platform)
 
 
 def bring_for(words: RunWords, missing: ImageNotInStore | None = None) -> None:
     """Bring the image of a launch, which then finds it by the same words; ``missing`` is why it has to.
 
-    Where a site has its images brought by others, that it is missing is what went wrong.
+    Where a site has its images brought by others, that it is missing is what went wrong; and so it is for what no
+    registry has under that name: another user's, or what the name meant when the job started.
     """
+    if missing is not None and (is_shared_name(words.image) or isinstance(missing, ImageGone)):
+        raise missing
+    if is_shared_name(words.image):
+        return
     try:
         pull_one(words.image, platform=words.platform)
     except PullRefused as error:
@@ -93,16 +107,21 @@ def bring(
     if is_writer(site.store):
         return _pull_here(ref, site, platform, name, verify, tell)
     if os.getuid() == 0:
-        return _by_storekeeper(ref, site, platform, name, tell)
+        return _by_storekeeper(ref, site, platform, name, verify, tell)
     if ref.is_file or is_private or name:
-        return _import(ref, site, platform, name, tell)
+        return _import(ref, site, platform, name, verify, tell)
     try:
-        return _asked(errands.run(Errand(task="pull", image=str(ref), platform=platform), site), tell)
+        errand = Errand(task="pull", image=str(ref), platform=platform, verify=_word(verify))
+        return _asked(errands.run(errand, site), tell)
     except RegistryWantsLogin as error:
         if not _has_login(ref):
             raise
         _note(tell, f"{error.message}: with your credentials, into your own images")
-        return _import(ref, site, platform, name, tell)
+        return _import(ref, site, platform, name, verify, tell)
+
+
+def _word(verify: bool) -> str:
+    return "yes" if verify else ""
 
 
 def is_writer(store: str) -> bool:
@@ -128,23 +147,30 @@ def _pull_here(ref: ImageRef, site: Site, platform: str, name: str, verify: bool
         progress=lambda progress: tell(progressed(progress)),
     )
     record = result.image.record
-    return Pulled(name=result.name, digest=record.digest, file_size=record.file_size, was_stored=result.was_stored)
+    return Pulled(
+        name=result.name,
+        digest=record.digest,
+        file_size=record.file_size,
+        was_stored=result.was_stored,
+        platform=str(record.platform),
+    )
 
 
 def progressed(progress: Progress) -> Progressed:
     """A progress report as a storekeeper says it."""
-    who = "" if progress.waiting is None else f"pid {progress.waiting.pid} on {progress.waiting.host}"
-    return Progressed(stage=progress.stage, done=progress.done, total=progress.total, who=who)
+    who, doing = (str(progress.waiting), progress.waiting.stage) if progress.waiting is not None else ("", "")
+    return Progressed(stage=progress.stage, done=progress.done, total=progress.total, who=who, doing=doing)
 
 
-def _by_storekeeper(ref: ImageRef, site: Site, platform: str, name: str, tell: Tell) -> Pulled | None:
+def _by_storekeeper(ref: ImageRef, site: Site, platform: str, name: str, verify: bool, tell: Tell) -> Pulled | None:
     """Root, for the site: a file is read here, by root."""
     if ref.is_file:
-        return _import(ref, site, platform, name, tell)
-    return _asked(errands.run(Errand(task="pull", image=str(ref), platform=platform, name=name), site), tell)
+        return _import(ref, site, platform, name, verify, tell)
+    errand = Errand(task="pull", image=str(ref), platform=platform, name=name, verify=_word(verify))
+    return _asked(errands.run(errand, site), tell)
 
 
-def _import(ref: ImageRef, site: Site, platform: str, name: str, tell: Tell) -> Pulled | None:
+def _import(ref: ImageRef, site: Site, platform: str, name: str, verify: bool, tell: Tell) -> Pulled | None:
     """Bytes from here to the storekeeper: an archive as it is, or one image of a layout or registry as an archive."""
     named = ImageRef.parse(name) if name else ref.name_in_store()
     if named.is_file or (name and named.digest):
@@ -157,7 +183,14 @@ def _import(ref: ImageRef, site: Site, platform: str, name: str, tell: Tell) -> 
         _archive(ref, site, wanted, scratch, tell) as archive,
     ):
         kind, send = archive
-        errand = Errand(task="import", image=kind, platform=str(wanted), name=str(named), source=source_text(ref))
+        errand = Errand(
+            task="import",
+            image=kind,
+            platform=str(wanted),
+            name=str(named),
+            source=source_text(ref),
+            verify=_word(verify),
+        )
         return _asked(errands.run(errand, site, send=send), tell)
 
 

@@ -125,5 +125,5 @@ def _pull_if_wanted(words: RunWords, site: Site) -> None:
     elif words.pull == "missing":
         try:
             find(site.store, os.getuid(), words.image, Platform(os="linux", architecture=machine()))
-        except ImageNotInStore:
-            bring_for(words)
+        except ImageNotInStore as error:
+            bring_for(words, error)

@@ -21,8 +21,9 @@ from hpcctr.cli import launcher
 from hpcctr.cli.table import Format
 from hpcctr.enter.install import enter_problem, front_problem
 from hpcctr.errors import HpcctrError
-from hpcctr.image.shelves import owner_of
+from hpcctr.image.shelves import as_owner, owner_of
 from hpcctr.image.store import Store
+from hpcctr.image.uses import is_node_name
 from hpcctr.policy.load import load
 from hpcctr.site import Site
 from hpcctr.wire import ENGINE_SOCKET
@@ -167,6 +168,34 @@ def _store(site: Site) -> Iterator[Finding]:
         yield Finding(thing="store", is_good=False, what=error.message, remedy=error.hint)
 
 
+def _uses(site: Site) -> Iterator[Finding]:
+    """Whether this node can tell the store what it runs; without that nothing but a mark is missing."""
+    if os.getuid() != 0 or not Path(site.store, "tmp").is_dir():
+        return
+    node = platform.node()
+    problem, remedy = (
+        "",
+        "mount the store read-write here, for its owner; or hpcctr gc --older-than, more than a job's days",
+    )
+    if not is_node_name(node):
+        problem, remedy = f"node name {node!r} has characters that marks cannot have", "hostnamectl set-hostname"
+    else:
+        path = Path(site.store, "tmp", f"doctor-{node}-{os.getpid()}")
+        try:
+            with as_owner(site.store):
+                path.touch(mode=0o600, exist_ok=False)
+                path.unlink()
+        except OSError as error:
+            problem = f"{path.parent}: {(error.strerror or str(error)).lower()}"
+    what = f"gc knows what runs here, as {node}"
+    yield Finding(
+        thing="marking uses",
+        is_good=not problem,
+        what=f"gc does not know what runs here: {problem}" if problem else what,
+        remedy=remedy if problem else "",
+    )
+
+
 def _policy(site: Site) -> Iterator[Finding]:
     if os.getuid() != 0:
         return
@@ -190,5 +219,5 @@ def _caller(_: Site) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Site], Iterator[Finding]], ...] = (
-    _kernel, _enter, _launcher, _engine, _containerd, _converter, _store, _policy, _caller,
+    _kernel, _enter, _launcher, _engine, _containerd, _converter, _store, _uses, _policy, _caller,
 )  # fmt: skip

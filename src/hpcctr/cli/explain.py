@@ -18,6 +18,7 @@ def show(launch: Launch) -> None:
     for head, text in (
         ("image", granted.text("name")),
         ("digest", granted.text("digest")),
+        ("which is", granted.text("because", "") or "what was asked for"),
         ("allowed by", granted.text("rule")),
         ("command", shlex.join(map(os.fsdecode, launch.command))),
         ("starts in", _text(launch.baggage.directory)),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 
 from hpcctr.cli import errands
-from hpcctr.errand import Errand, Listed, Removed
+from hpcctr.errand import Errand, Listed, Quota, Removed
 from hpcctr.errors import EngineUnreachable, ImageNotInStore
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
 from hpcctr.image.shelves import owner_of
@@ -39,9 +39,16 @@ def has_own_images(site: Site) -> bool:
 
 def listed(site: Site) -> Iterator[Listed]:
     """The user's own images. Raises any :class:`HpcctrError` of the engine's."""
+    for said in listed_with_quota(site):
+        if isinstance(said, Listed):
+            yield said
+
+
+def listed_with_quota(site: Site) -> Iterator[Listed | Quota]:
+    """The user's own images, and what they take. Raises any :class:`HpcctrError` of the engine's."""
     if has_own_images(site):
         for said in errands.run(Errand(task="images"), site):
-            if isinstance(said, Listed):
+            if isinstance(said, Listed | Quota):
                 yield said
 
 
@@ -55,6 +62,12 @@ def find(site: Site, text: str) -> Listed | None:
             if one.name == wanted or (not wanted and one.digest.startswith(text)):
                 return one
     return None
+
+
+def require_intact(site: Site, one: Listed) -> None:
+    """Raise :class:`ImageDamaged` unless the file of an image of the user's own is what was published."""
+    for _ in errands.run(Errand(task="verify", image=one.digest), site):
+        pass
 
 
 def remove(site: Site, text: str, platform: str) -> Removed:

@@ -44,7 +44,8 @@ def say(text: str) -> None:
 def _words(progress: Progressed) -> str:
     """What is going on."""
     if progress.stage == "wait":
-        return f"{printable(progress.who)} brings it"
+        doing = _STAGES.get(progress.doing, "")
+        return f"{printable(progress.who)} brings it{doing and f': {doing}'}"
     return _STAGES.get(progress.stage, printable(progress.who))
 
 
@@ -57,7 +58,7 @@ class _Lines:
         words = _words(progress)
         if words != self._last:
             self._last = words
-            total = f" of {size(progress.total)}" if progress.total and progress.stage != "wait" else ""
+            total = f" of {size(progress.total)}" if progress.total else ""
             say(f"{self._text}: {words}{total}")
 
 

@@ -111,6 +111,7 @@ def options_of(values: dict[str, Any], known: Sequence[Option]) -> dict[str, Any
 
 def launch(words: RunWords) -> int:
     """Run or explain. Returns only in root's direct mode and after ``--explain``."""
+    words = words.settled()
     if os.getuid() == 0:
         from hpcctr.cli import direct
 

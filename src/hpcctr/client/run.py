@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hpcctr.client import carry, connect, enter, environment, preflight
+from hpcctr.client import as_of, carry, connect, enter, environment, preflight
 from hpcctr.errors import NoCommand
 from hpcctr.request import LaunchRequest, RunWords
 
@@ -75,7 +75,12 @@ def prepare(words: RunWords, sock: _socket.socket) -> Launch:
     caller = environment.of_this_process()
     baggage = _baggage(words, caller, ())
     request = LaunchRequest(
-        image=_absolute(words.image), targets=baggage.targets(), platform=words.platform, explain=words.explain
+        image=_absolute(words.image),
+        targets=baggage.targets(),
+        platform=words.platform,
+        explain=words.explain,
+        # Who asks the registry wants what the name means now.
+        as_of=None if words.pull == "always" else as_of.job_start(caller),
     )
     return Launch(words, connect.ask(sock, request.frame()), caller)
 

@@ -87,7 +87,12 @@ def _enter_again(builder: NodeBuilder, entry: ContainerEntry, task: TaskState | 
             image_mount=image_mount,
             created=entry.created,
         )
-        builder.images.adopt(image_mount)
+        try:
+            # Last: counted off again it would be taken down, which another container may stand on.
+            builder.images.adopt(image_mount)
+        except BaseException:
+            container.close()
+            raise
         return container
     return None
 

@@ -23,8 +23,17 @@ import msgspec
 
 from hpcctr.context import Caller
 from hpcctr.errand import Ended, Errand, Failed, Pulled
-from hpcctr.errors import CallerRefused, EngineBusy, HpcctrError, PullRefused, ReferenceWrong, StoreUnusable
+from hpcctr.errors import (
+    CallerRefused,
+    EngineBusy,
+    HpcctrError,
+    ImageNotYours,
+    PullRefused,
+    ReferenceWrong,
+    StoreUnusable,
+)
 from hpcctr.image.reference import ImageRef
+from hpcctr.image.shelves import is_shared_name
 from hpcctr.policy import account
 from hpcctr.policy.decide import allowing
 from hpcctr.policy.load import load
@@ -55,7 +64,7 @@ class Errands:
         self._site = site
         self._lock = threading.Lock()
         self._running: Counter[int] = Counter()
-        self._pulls: dict[tuple[int, str, str], Future[_Outcome | None]] = {}
+        self._pulls: dict[tuple[int, str, str, str], Future[_Outcome | None]] = {}
 
     def may(self, errand: Errand, caller: Caller) -> str:
         """The label of the rule that allows the errand. Raises :class:`PolicyDenied`, :class:`ReferenceWrong`."""
@@ -74,6 +83,10 @@ class Errands:
             if named.is_file:
                 raise ReferenceWrong("an image is named by repository and tag", hint="for instance local/app:1.0")
             return allowing(rules, user_names=names, image_name=f"private/{named.name_in_store()}")
+        if errand.task in ("share", "unshare"):
+            require_owner(self._site.store)
+        if is_shared_name(errand.image) and errand.task != "inspect":
+            raise ImageNotYours(f"{errand.image}: its owner's to change, share and remove", hint="hpcctr images --mine")
         return "their own images"
 
     def _require_a_place_to_pull(self, ref: ImageRef, caller: Caller) -> None:
@@ -96,7 +109,7 @@ class Errands:
             with self._counted(caller.uid):
                 self._have_done(errand, caller, peer)
             return
-        key = (caller.uid, errand.image, errand.platform)
+        key = (caller.uid, errand.image, errand.platform, errand.verify)
         peer_is_told = False
         while True:
             with self._lock:
@@ -117,7 +130,7 @@ class Errands:
 
     def _bring(
         self,
-        key: tuple[int, str, str],
+        key: tuple[int, str, str, str],
         mine: Future[_Outcome | None],
         errand: Errand,
         caller: Caller,
@@ -137,7 +150,13 @@ class Errands:
             mine.set_result(outcome)
 
     def _have_done(self, errand: Errand, caller: Caller, peer: socket.socket) -> _Outcome | None:
-        keeper = start(errand, site=self._site, uid=caller.uid, place=Place.of_process(caller.pid))
+        keeper = start(
+            errand,
+            site=self._site,
+            uid=caller.uid,
+            gids=(caller.gid, *caller.groups),
+            place=Place.of_process(caller.pid),
+        )
         try:
             caller.require_alive()
             with keeper.peer:

@@ -15,9 +15,11 @@ import os
 import stat
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, read_mounts, unmount
+from hpcctr.engine.uses import Uses
 from hpcctr.errors import DeadlinePassed, ImageMountFailed
 
 #: linux/loop.h.
@@ -29,8 +31,8 @@ _LO_FLAGS_AUTOCLEAR = 4
 _LOOP_CONFIG = struct.Struct("=II52xI64s112x64x")
 #: Others may take the free device first; who loses asks again.
 _LOOP_ATTEMPTS = 64
-#: Seconds to wait for another thread that mounts or unmounts the same file: mount(2) itself has no limit.
-_MOUNT_SECONDS = 60.0
+#: Seconds to wait for another thread that reads, mounts or unmounts the same file: mount(2) itself has no limit.
+_MOUNT_SECONDS = 110.0
 #: First bytes of a squashfs (fs/squashfs/squashfs_fs.h).
 _SQUASHFS_MAGIC = b"hsqs"
 
@@ -42,10 +44,11 @@ class _Mount:
 
 
 class ImageMounts:
-    """The image mounts of one engine, below ``directory`` (root-owned, 0700)."""
+    """The image mounts of one engine, below ``directory`` (root-owned, 0700); ``uses`` tells the store of them."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, uses: Uses | None = None) -> None:
         self.directory = directory
+        self._uses = uses
         self._lock = threading.Lock()
         self._mounts: dict[str, _Mount] = {}
 
@@ -53,12 +56,16 @@ class ImageMounts:
         """Where the mount of that name is."""
         return os.path.join(self.directory, name)
 
-    def take(self, image: int, *, image_digest: str) -> str:
+    def take(
+        self, image: int, *, image_digest: str, path: str = "", require_intact: Callable[[], None] = lambda: None
+    ) -> str:
         """Mount the file behind the descriptor unless it is, and count one user more; the name of the mount.
 
-        Raises :class:`ImageMountFailed`, and :class:`DeadlinePassed` while another's mounting of the same file hangs.
+        ``path`` is where the store has the file; ``require_intact`` is called before it is mounted. Raises
+        :class:`ImageMountFailed`, :class:`ImageNotInStore` when it is being removed, and :class:`DeadlinePassed` while
+        another's mounting of the same file hangs.
         """
-        name = _name(image, image_digest)
+        name = name_of_mount(image, image_digest)
         entry = self._counted(name)
         if not entry.lock.acquire(timeout=_MOUNT_SECONDS):
             with self._lock:
@@ -70,6 +77,9 @@ class ImageMounts:
         try:
             # Looked up each time: an administrator may have unmounted it, and the directory below is an empty root.
             if not _is_image_mount(self.path(name)):
+                if self._uses is not None:
+                    self._uses.begin(name, image=image, path=path)
+                require_intact()
                 _mount_image(image, self.path(name), image_digest)
         except BaseException:
             entry.lock.release()
@@ -122,9 +132,12 @@ class ImageMounts:
         unmount(self.path(name))
         with contextlib.suppress(OSError):
             os.rmdir(self.path(name))
+        if self._uses is not None:
+            self._uses.end(name)
 
 
-def _name(image: int, image_digest: str) -> str:
+def name_of_mount(image: int, image_digest: str) -> str:
+    """What the mount of an open image file is called. Raises :class:`ImageMountFailed` for what is no file."""
     status = os.fstat(image)
     if not stat.S_ISREG(status.st_mode):
         raise ImageMountFailed(f"image {image_digest}: what the store opened is not a file", hint="hpcctr doctor")

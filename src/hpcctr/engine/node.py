@@ -15,13 +15,14 @@ import errno
 import fcntl
 import os
 import time
-import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from hpcctr.containerd.client import Containerd, RootfsMount
 from hpcctr.engine.accounts import generated_etc
 from hpcctr.engine.imagemount import ImageMounts
+from hpcctr.engine.intact import require_intact
 from hpcctr.engine.members import is_roots, upper_in
 from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, read_mounts, unmount
 from hpcctr.engine.remains import clear_remains
@@ -49,7 +50,11 @@ _RUNTIME_TARGETS = ("proc", "dev")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NodeContainer:
-    """A container callers may walk into. Whoever uses ``namespace`` keeps this value: the descriptor closes with it."""
+    """A container callers may walk into. Each value has a descriptor of its own, which whoever has the value closes.
+
+    Closed by hand: an exception in a reference cycle keeps the frames of all its callers, and whatever they name, until
+    Python collects; meanwhile a forgotten namespace would keep the image's loop device attached.
+    """
 
     container_id: str
     key: str
@@ -62,8 +67,13 @@ class NodeContainer:
     #: Seconds since the epoch.
     created: float
 
-    def __post_init__(self) -> None:
-        weakref.finalize(self, os.close, self.namespace)
+    def again(self) -> Self:
+        """The same with another descriptor. Raises OSError when the node is out of them."""
+        return replace(self, namespace=os.dup(self.namespace))
+
+    def close(self) -> None:
+        """Let go of the namespace, once."""
+        os.close(self.namespace)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +87,8 @@ class NodeBuilder:
     owner: str
     #: OCI runtime when it is not runc.
     binary_name: str = ""
+    #: Read an image file as a whole before it is mounted.
+    verify_at_mount: bool = False
 
     def build(self, grant: Grant, *, image: int, container_id: str) -> NodeContainer:
         """The container for a grant; ``image`` is a descriptor of its image's file. A failure leaves nothing behind.
@@ -96,7 +108,12 @@ class NodeBuilder:
         digest = grant.image.record.digest
         etc = generated_etc(grant.caller, grant.image.record)
         with contextlib.ExitStack() as undo:
-            image_mount = self.images.take(image, image_digest=digest)
+            image_mount = self.images.take(
+                image,
+                image_digest=digest,
+                path=grant.image.path,
+                require_intact=lambda: require_intact(image, grant.image.record, is_read=self.verify_at_mount),
+            )
             undo.callback(self.images.release, image_mount)
             undo.callback(self.take_down_mount, container_id)
             self._make_upper(container_id, image_mount, grant, etc)

@@ -21,11 +21,12 @@ from hpcctr.containerd.client import Containerd
 from hpcctr.context import Caller
 from hpcctr.engine.adopt import clear_after_direct_engines, places_of_direct_engines, survivors
 from hpcctr.engine.deadline import all_within
-from hpcctr.engine.imagemount import ImageMounts
+from hpcctr.engine.imagemount import ImageMounts, name_of_mount
 from hpcctr.engine.members import Members, members_in_proc
 from hpcctr.engine.neighbour import require_common_mounts
 from hpcctr.engine.node import LABEL_OWNER, NodeBuilder, NodeContainer
 from hpcctr.engine.state import StateDirectory
+from hpcctr.engine.uses import Uses
 from hpcctr.engine.view import Place, View
 from hpcctr.errors import DeadlinePassed, EngineBusy, EngineUnreachable, HpcctrError
 from hpcctr.policy.grant import Grant
@@ -48,7 +49,9 @@ class _Slot:
     key: str
     uid: int
     container_id: str
-    ready: Future[NodeContainer] = field(default_factory=Future)
+    #: Done when the building has ended, with the error if there was one.
+    ready: Future[None] = field(default_factory=Future)
+    #: Closed when it leaves the slot.
     container: NodeContainer | None = None
     #: time.monotonic() since when it has had no member; None while it has one.
     idle_since: float | None = None
@@ -70,13 +73,15 @@ class NodeContainers:
         self._state = StateDirectory(state)
         self._containerd = containerd
         self._owner = owner
-        self._images = ImageMounts(self._state.images)
+        self._uses = Uses(site.store, engine=owner)
+        self._images = ImageMounts(self._state.images, self._uses)
         self._builder = NodeBuilder(
             containerd=containerd,
             images=self._images,
             directory=self._state.containers,
             owner=owner,
             binary_name="" if site.runtime == "runc" else site.runtime,
+            verify_at_mount=site.verify_at_mount,
         )
         self._members = Members()
         self._lock = threading.Lock()
@@ -106,36 +111,37 @@ class NodeContainers:
                 clear_after_direct_engines(self._builder, self._state)
                 self._take_over()
                 self._sweep()
+                self._tell_the_store()
                 self._watcher = threading.Thread(target=self._watch, name="node-containers", daemon=True)
                 self._watcher.start()
         finally:
             self._adopting.release()
 
     def get(self, grant: Grant, *, open_image: Callable[[], int]) -> NodeContainer:
-        """The container for a grant, found, or built by exactly one of those who ask for it.
+        """The container for a grant, found, or built by exactly one of those who ask for it. The caller closes it.
 
         ``open_image`` gives a descriptor of the image file, checked by the store and closed here. Raises what building
         raises (:meth:`NodeBuilder.build`) and :class:`EngineBusy` when the caller has too many containers in use.
         """
         self.adopt()
         key = grant.key
-        with self._lock:
-            if self._is_closing:
-                raise EngineUnreachable("the engine is stopping", hint="try again when it has started")
-            slot = self._slots.get(key)
-            if slot is not None and slot.container is not None:
-                if slot.idle_since is not None:
-                    slot.idle_since = time.monotonic()
-                return slot.container
-            is_builder = slot is None
-            evicted = None
-            if slot is None:
-                evicted = self._make_room(grant.caller.uid)
-                slot = _Slot(key=key, uid=grant.caller.uid, container_id=f"{key}-{secrets.token_hex(4)}")
-                self._slots[key] = slot
-            ready = slot.ready
-        if not is_builder:
-            return _result_of_another(ready)
+        while True:
+            with self._lock:
+                if self._is_closing:
+                    raise EngineUnreachable("the engine is stopping", hint="try again when it has started")
+                slot = self._slots.get(key)
+                if slot is None:
+                    evicted = self._make_room(grant.caller.uid)
+                    slot = _Slot(key=key, uid=grant.caller.uid, container_id=f"{key}-{secrets.token_hex(4)}")
+                    self._slots[key] = slot
+                    break
+                if slot.container is not None:
+                    if slot.idle_since is not None:
+                        slot.idle_since = time.monotonic()
+                    return _again(slot.container)
+                ready = slot.ready
+            # Then it is there, or gone again already.
+            _wait_for_another(ready)
         if evicted is not None:
             self._remove_all([evicted], _REMOVE_SECONDS)
         return self._build(grant, slot, open_image)
@@ -234,13 +240,15 @@ class NodeContainers:
             self._members.ring()
             slot.ready.set_exception(error)
             raise
-        with self._lock:
-            slot.container = container
-            slot.idle_since = time.monotonic()
-            ready = slot.ready
-        ready.set_result(container)
-        self._members.ring()
-        return container
+        try:
+            return _again(container)
+        finally:
+            with self._lock:
+                slot.container = container
+                slot.idle_since = time.monotonic()
+                ready = slot.ready
+            ready.set_result(None)
+            self._members.ring()
 
     def _make_room(self, uid: int) -> _Leaving | None:
         """Under the lock: the idle container to remove so that ``uid`` may have one more; None when there is room."""
@@ -329,16 +337,13 @@ class NodeContainers:
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _leave(self, slot: _Slot) -> _Leaving:
-        """Under the lock: nobody finds the container any more.
-
-        What is left of it is names alone. Its namespace, and with it the image's loop device, is closed when the last
-        session that uses it lets go, however long an exception or a frame remembers the slot.
-        """
+        """Under the lock: nobody finds the container any more. Sessions that have found it have it for themselves."""
         assert slot.container is not None  # noqa: S101
         leaving = _Leaving(container_id=slot.container_id, image_mount=slot.container.image_mount)
         del self._slots[slot.key]
         self._leaving.add(slot.container_id)
-        slot.container, slot.ready = None, Future()
+        slot.container.close()
+        slot.container = None
         return leaving
 
     def _remove_all(self, leaving: Sequence[_Leaving], seconds: float) -> list[bool]:
@@ -375,11 +380,24 @@ class NodeContainers:
             known = {slot.container_id for slot in self._slots.values()}
         for container, members in survivors(self._builder, known=known):
             slot = _Slot(key=container.key, uid=container.uid, container_id=container.container_id, container=container)
-            slot.ready.set_result(container)
             with self._lock:
                 self._slots[container.key] = slot
             for pid, pidfd in members:
                 self._members.add(container.container_id, pid=pid, pidfd=pidfd)
+
+    def _tell_the_store(self) -> None:
+        """Which images this node uses now: after a restart or a reboot the store knows otherwise."""
+        with self._lock:
+            mounts = {
+                slot.container.image_mount: slot.container.image_digest
+                for slot in self._slots.values()
+                if slot.container is not None
+            }
+        self._uses.adopt(list(mounts))
+        if self._state.sibling(self._owner) is None:  # direct engines come to nothing they have not made
+            make_true = functools.partial(self._uses.make_true, mounts, name=name_of_mount, is_gone=self._state.is_gone)
+            # A thread of its own: the file server may be silent.
+            threading.Thread(target=make_true, name="uses", daemon=True).start()
 
     def _sweep(self) -> None:
         """Remove everything of this owner that is in no slot; what cannot be removed now is tried again later."""
@@ -401,9 +419,16 @@ class NodeContainers:
             )
 
 
-def _result_of_another(ready: Future[NodeContainer]) -> NodeContainer:
+def _again(container: NodeContainer) -> NodeContainer:
     try:
-        return ready.result(_BUILD_SECONDS)
+        return container.again()
+    except OSError as error:
+        raise EngineBusy(f"the engine cannot hold another namespace: {error.strerror}", hint="try again") from None
+
+
+def _wait_for_another(ready: Future[None]) -> None:
+    try:
+        ready.result(_BUILD_SECONDS)
     except TimeoutError:
         raise DeadlinePassed(
             f"the node container was not built within {_BUILD_SECONDS:.0f} s", hint="journalctl -u hpcctr-engine"

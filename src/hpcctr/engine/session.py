@@ -85,7 +85,7 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
                     peer.sendall(_reply(grant, door.site).pack())
                     _audit(door, "explained", caller, grant, key=grant.key)
                     return
-                way = _way_to_container(door, grant)
+                way = _way_to_container(door, grant, held)
             peer.sendall(_reply(way.grant, door.site).pack())
         except HpcctrError as error:
             refuse(door, peer, caller, error)
@@ -97,9 +97,9 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
         _hand_over(door, peer, caller, way, enter)
 
 
-def _way_to_container(door: Door, grant: Grant) -> _Way:
-    """``run``: into the node container of the grant, found or built."""
-    container = build(grant, door.site, door.nodes)
+def _way_to_container(door: Door, grant: Grant, held: contextlib.ExitStack) -> _Way:
+    """``run``: into the node container of the grant, found or built; ``held`` keeps its namespace."""
+    container = held.enter_context(contextlib.closing(build(grant, door.site, door.nodes)))
     return _Way(
         grant=grant,
         outcome="granted",
@@ -219,6 +219,7 @@ def _reply(grant: Grant, site: Site) -> Frame:
     fields = [
         ("digest", grant.image.record.digest),
         ("name", grant.image.name),
+        ("because", grant.image.because),
         ("rule", grant.rule),
         ("enter", site.enter),
         *(("env", entry) for entry in config.env),
@@ -258,8 +259,11 @@ def _audit(
     line = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}", *filter(None, [words])]
     if grant is not None:
         line.append(
-            f"image={grant.image.policy_name!r} digest={grant.image.record.digest} container={key} rule={grant.rule!r}"
+            f"image={grant.image.policy_name!r} digest={grant.image.record.digest} because={grant.image.because!r} "
+            f"container={key} rule={grant.rule!r}"
         )
+        if grant.image.name.startswith("@"):
+            line.append(f"shared={grant.image.name!r}")
     if error is not None:
         line.append(f"slug={error.slug} reason={error.message!r}")
     print(" ".join(line), file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from hpcctr.errors import ImageBroken
+from hpcctr.image import layout
 from hpcctr.image.compression import CHUNK
 from hpcctr.image.conversion import OpenBlob
 from hpcctr.image.imagefile import store_unusable
@@ -51,9 +52,15 @@ def drop(directory: str) -> None:
 
 @contextlib.contextmanager
 def downloaded(
-    source: Downloader, layers: tuple[LayerBlob, ...], directory: str, token: str, count: Callable[[int], None]
+    source: Downloader,
+    layers: tuple[LayerBlob, ...],
+    directory: str,
+    token: str,
+    count: Callable[[int], None],
+    kept: str = "",
 ) -> Iterator[OpenBlob]:
-    """Download all layers beside what the caller does; a layer opens once it is there and verified.
+    """Download all layers beside what the caller does; a layer opens once it is there and verified. What the layout
+    ``kept`` has of them is not downloaded.
 
     However it ends, no download goes on and no unfinished file stays. Opening raises what the download raised."""
     try:
@@ -75,7 +82,7 @@ def downloaded(
             except queue.Empty:
                 return
             try:
-                future.set_result(_bring(source, layer, directory, token, count, stop))
+                future.set_result(_bring(source, layer, directory, token, count, stop, kept))
             except BaseException as error:  # noqa: BLE001 - it is raised where the layer is opened
                 future.set_exception(error)
 
@@ -103,9 +110,10 @@ def _bring(
     token: str,
     count: Callable[[int], None],
     stop: threading.Event,
+    kept: str,
 ) -> str:
     path = f"{directory}/{layer.digest.replace(':', '-')}"
-    if _is_finished(path, layer):
+    if _is_finished(path, layer) or (kept and layout.lend(kept, layer.digest, path) and _is_finished(path, layer)):
         count(layer.size)
         return path
     part = _part(directory, layer.digest, token)

@@ -2,15 +2,16 @@
 
 - Unfinished work in tmp/, blobs/ and claims/ that nothing has been written to for a while: of pulls that were killed,
   or whose node vanished. Living pulls write all the time.
-- Images that no name has meant for so many days.
+- Images that no name has meant, and no node has used, for so many days.
+- Images that were removed while a node used them, as soon as none does.
+- Kept blobs (:mod:`hpcctr.image.layout`) that no stored image needs.
 
-An image may be in use on any node, and no node writes to the store to say so: a file server may squash root, and the
-store may be read-only there. A node that runs an image keeps its file by the mount; but a file that another node
-removed over NFS is gone for it (ESTALE). So the days are the protection: set more of them than the longest job has.
-What this node has mounted is never taken.
+Never what a node uses: whoever mounts an image marks it (:mod:`hpcctr.image.uses`), and what goes, goes through its
+gate. A node that cannot write the store makes no mark: for its programs the days are the protection, and for what this
+node has mounted, a look at its loop devices.
 
-The times that are compared come from one clock each: files' from the file server, as a file written now shows; names'
-from the nodes that pulled, where minutes do not matter."""
+The times that are compared come from one clock each: files' and marks' from the file server, as a file written now
+shows; names' from the nodes that pulled, where minutes do not matter."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -26,19 +27,35 @@ from typing import Literal
 import msgspec
 
 from hpcctr.errors import StoreUnusable
+from hpcctr.image import layout
 from hpcctr.image.imagefile import store_unusable
-from hpcctr.image.publish import remove_image, temporary_path
+from hpcctr.image.publish import remove_closed_image, temporary_path
 from hpcctr.image.store import Store
+from hpcctr.image.uses import (
+    LEAVING,
+    close_gate,
+    drop_old_marks,
+    has_gate,
+    last_used,
+    last_used_by_server,
+    marks,
+    open_gate_again,
+)
 
 DAY = 24 * 3600
 #: Days an image stays without a name: longer than most sites let a job run.
 IMAGE_DAYS = 7.0
-#: Seconds after which unfinished work that nobody writes to has been given up, and the least a caller may set: a living
-#: worker beats every two seconds, and clocks of file servers and clients are at most minutes apart.
+#: Days a mark counts that its node does not take away: longer than sites let a job run.
+MARK_DAYS = 60.0
+#: Seconds after which unfinished work that nobody writes to has been given up, and the least that anything has to be
+#: unwanted, whatever a caller says: a living worker beats every two seconds, and clocks of file servers and clients are
+#: at most minutes apart.
 UNFINISHED_AFTER = DAY
-_UNFINISHED_AFTER_LEAST = 3600
+LEAST_SECONDS = 3600
 
-Kind = Literal["image", "damaged image", "unfinished pull", "blobs", "claim"]
+Kind = Literal[
+    "image", "damaged image", "removed image", "named image", "kept blob", "unfinished pull", "blobs", "claim"
+]
 _WORK: tuple[tuple[str, Kind], ...] = (("tmp", "unfinished pull"), ("blobs", "blobs"), ("claims", "claim"))
 
 
@@ -67,38 +84,149 @@ def parts(path: str) -> Iterator[tuple[str, Store]]:
             yield f"users/{user}/", Store.open(f"{path}/users/{user}")
 
 
-def find_garbage(store: Store, *, image_days: float = IMAGE_DAYS) -> list[Garbage]:
+def find_garbage(store: Store, *, image_days: float = IMAGE_DAYS, mark_days: float = MARK_DAYS) -> list[Garbage]:
     """What would be taken away. Raises :class:`StoreUnusable`."""
-    return [*_unfinished(store, image_days), *_images(store, image_days)]
+    marked_after = file_servers_now(store) - mark_days * DAY
+    return [
+        *_unfinished(store, image_days),
+        *_leaving(store, marked_after),
+        *_images(store, image_days, marked_after),
+        *_kept_blobs(store),
+    ]
 
 
-def collect(store: Store, *, image_days: float = IMAGE_DAYS) -> list[Garbage]:
+def collect(store: Store, *, image_days: float = IMAGE_DAYS, mark_days: float = MARK_DAYS) -> list[Garbage]:
     """Take it away, and return what went. Raises :class:`StoreUnusable`.
 
     Every image and piece of work leaves by one rename, so nobody finds half of it."""
+    _heal(store)
+    marked_after = file_servers_now(store) - mark_days * DAY
     gone = []
-    for garbage in find_garbage(store, image_days=image_days):
+    for garbage in find_garbage(store, image_days=image_days, mark_days=mark_days):
         if garbage.kind in ("image", "damaged image"):
-            # Once more, just before: a pull may have given it a name meanwhile.
-            if garbage.what in _named(store):
-                continue
-            remove_image(store, garbage.what)
+            is_gone = take_image(store, garbage.what, mark_days=mark_days)
+        elif garbage.kind == "kept blob":
+            continue  # as they are when the images have gone
+        elif garbage.kind == "removed image":
+            is_gone = _take_closed(store, f"{store.path}/{garbage.what}", marked_after)
         else:
-            _remove_work(store, garbage.what)
-        gone.append(garbage)
+            is_gone = _remove_work(store, garbage.what)
+        if is_gone:
+            gone.append(garbage)
+    return gone + _drop_kept_blobs(store)
+
+
+def take_image(
+    store: Store, digest: str, *, mark_days: float = MARK_DAYS, may_go_named: Callable[[], bool] = lambda: False
+) -> bool:
+    """Whether an image went: not when a node uses it, nor when it was used or named within the hour. One that has a
+    name goes when ``may_go_named``, asked when its gate is closed, has dropped the name. Raises :class:`StoreUnusable`.
+    """
+    directory = store.image_directory(digest)
+    now = file_servers_now(store)
+    if not _is_closed(directory, now - mark_days * DAY):
+        return False
+    try:
+        recent = now - last_used_by_server(directory) < LEAST_SECONDS
+        if recent or (digest in _named(store) and not may_go_named()):
+            open_gate_again(directory)
+            return False
+    except OSError as error:
+        raise store_unusable(directory, error) from None
+    return remove_closed_image(store, directory) is not None
+
+
+def _take_closed(store: Store, directory: str, marked_after: float) -> bool:
+    return _is_closed(directory, marked_after) and remove_closed_image(store, directory) is not None
+
+
+def _is_closed(directory: str, marked_after: float) -> bool:
+    """Whether the gate is closed now, after marks of vanished nodes were removed."""
+    try:
+        drop_old_marks(directory, before=marked_after)
+        return close_gate(directory)
+    except OSError as error:
+        raise store_unusable(directory, error) from None
+
+
+def _is_marked(directory: str, marked_after: float) -> bool:
+    try:
+        return any(mark.since >= marked_after for mark in marks(directory))
+    except OSError as error:
+        raise store_unusable(directory, error) from None
+
+
+def _kept_blobs(store: Store) -> Iterator[Garbage]:
+    """Blobs in the layout that no stored image needs."""
+    kept = layout.directory_of(store.path)
+    if not os.path.isdir(kept):
+        return
+    now = file_servers_now(store)
+    try:
+        for path, status in layout.unreferenced(kept, set(store.digests())):
+            # By when it came to its place: one of a pull that is just keeping it stays.
+            if now - status.st_ctime > LEAST_SECONDS:
+                yield Garbage(kind="kept blob", what=f"layout/{path}", size=status.st_size, age=now - status.st_ctime)
+    except OSError as error:
+        raise store_unusable(kept, error) from None
+
+
+def _drop_kept_blobs(store: Store) -> list[Garbage]:
+    kept = layout.directory_of(store.path)
+    gone = []
+    try:
+        if os.path.isdir(kept):
+            layout.drop_entries(kept, set(store.digests()))
+        for garbage in _kept_blobs(store):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{store.path}/{garbage.what}")
+                gone.append(garbage)
+    except OSError as error:
+        raise store_unusable(kept, error) from None
     return gone
 
 
+def _heal(store: Store) -> None:
+    """Open the gates that a gc closed and did not open again when it was killed, of images with a name."""
+    now = file_servers_now(store)
+    for digest in _named(store):
+        directory = store.image_directory(digest)
+        with contextlib.suppress(OSError):
+            if not has_gate(directory) and now - os.lstat(directory).st_mtime > LEAST_SECONDS:
+                open_gate_again(directory)
+
+
+def _leaving(store: Store, marked_after: float) -> Iterator[Garbage]:
+    """What was removed while a node used it, once none does."""
+    top = f"{store.path}/{LEAVING}"
+    now = file_servers_now(store)
+    try:
+        entries = sorted(os.listdir(top))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise store_unusable(top, error) from None
+    for entry in entries:
+        if not _is_marked(f"{top}/{entry}", marked_after):
+            size, _ = _measure(f"{top}/{entry}")
+            yield Garbage(
+                kind="removed image", what=f"{LEAVING}/{entry}", size=size, age=now - last_used(f"{top}/{entry}")
+            )
+
+
 def drop_unfinished(store: Store, *, after: float = 7 * DAY) -> None:
-    """Take abandoned work away, as far as that is possible."""
+    """Take abandoned work away, and images that were removed and that no node uses any more, as far as possible."""
     with contextlib.suppress(OSError, StoreUnusable):
         for garbage in _unfinished(store, after / DAY, longest=after):
             _remove_work(store, garbage.what)
+        marked_after = file_servers_now(store) - MARK_DAYS * DAY
+        for garbage in _leaving(store, marked_after):
+            _take_closed(store, f"{store.path}/{garbage.what}", marked_after)
 
 
 def _unfinished(store: Store, days: float, *, longest: float = UNFINISHED_AFTER) -> Iterator[Garbage]:
-    limit = max(_UNFINISHED_AFTER_LEAST, min(days * DAY, longest))
-    now = _file_servers_now(store)
+    limit = max(LEAST_SECONDS, min(days * DAY, longest))
+    now = file_servers_now(store)
     for name, kind in _WORK:
         top = f"{store.path}/{name}"
         try:
@@ -113,14 +241,15 @@ def _unfinished(store: Store, days: float, *, longest: float = UNFINISHED_AFTER)
                 yield Garbage(kind=kind, what=f"{name}/{entry}", size=size, age=now - newest)
 
 
-def _images(store: Store, days: float) -> Iterator[Garbage]:
+def _images(store: Store, days: float, marked_after: float) -> Iterator[Garbage]:
     named = _named(store)
     unnamed_since = _unnamed_since(store)
     mounted = _mounted_here()
     now = datetime.now(UTC).timestamp()
     for digest in store.digests():
         directory = store.image_directory(digest)
-        if digest in named or any(path.startswith(f"{directory}/") for path in mounted):
+        is_mounted_here = any(path.startswith(f"{directory}/") for path in mounted)
+        if digest in named or is_mounted_here or _is_marked(directory, marked_after):
             continue
         size, newest = _measure(directory)
         kind: Kind = "image"
@@ -130,9 +259,10 @@ def _images(store: Store, days: float) -> Iterator[Garbage]:
             if isinstance(error, OSError):
                 raise store_unusable(directory, error) from None
             kind, since = "damaged image", newest
-        # A directory that was renamed into its place a moment ago is about to get its name.
+        # Not named, and not used: the stamp is as new as the last node's coming or going. And a directory that was
+        # renamed into its place a moment ago is about to get its name.
         since = max(since, newest)
-        if now - since > max(days * DAY, _UNFINISHED_AFTER_LEAST):
+        if now - since > max(days * DAY, LEAST_SECONDS):
             yield Garbage(kind=kind, what=digest, size=size, age=now - since)
 
 
@@ -154,8 +284,7 @@ def _seconds(text: str) -> float:
 
 
 def _mounted_here() -> list[str]:
-    """Files behind this node's loop devices (Documentation/ABI/testing/sysfs-block-loop). EROFS images need none; they
-    are protected by the days alone."""
+    """Files behind this node's loop devices (Documentation/ABI/testing/sysfs-block-loop)."""
     found = []
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -163,10 +292,13 @@ def _mounted_here() -> list[str]:
     return found
 
 
-def _file_servers_now(store: Store) -> float:
+def file_servers_now(store: Store) -> float:
     """The present by the clock that stamps the store's files."""
     path = temporary_path(store, "now")
     try:
+        # No pull has made it yet where a store has only users' parts.
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             return os.fstat(descriptor).st_mtime
@@ -193,13 +325,13 @@ def _measure(path: str) -> tuple[int, float]:
     return size, newest
 
 
-def _remove_work(store: Store, what: str) -> None:
+def _remove_work(store: Store, what: str) -> bool:
     path = f"{store.path}/{what}"
     going = temporary_path(store, "gone")
     try:
         os.rename(path, going)
     except FileNotFoundError:
-        return
+        return False
     except OSError as error:
         raise store_unusable(path, error) from None
     if os.path.isdir(going) and not os.path.islink(going):
@@ -207,3 +339,4 @@ def _remove_work(store: Store, what: str) -> None:
     else:
         with contextlib.suppress(OSError):
             os.unlink(going)
+    return True

@@ -27,6 +27,9 @@ class Waiting:
     elapsed: float
     stage: str
 
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:

@@ -17,12 +17,14 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from hpcctr.errors import ImageNotInStore, StoreUnusable
+from hpcctr.errors import ImageDamaged, ImageNotInStore, StoreUnusable
+from hpcctr.image import verity
 from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
 from hpcctr.image.stale import looked_up_again
 from hpcctr.image.store import IMAGE_FILE, RECORD_FILE, SCHEMA, Store
+from hpcctr.image.uses import LEAVING, close_gate, has_gate, make_gate, marks
 
 _READABLE = 0o755
 #: Meanings of a name that are remembered.
@@ -77,11 +79,13 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         os.rename(image_file, f"{made}/{IMAGE_FILE}")
         os.chmod(f"{made}/{IMAGE_FILE}", 0o644)
         _flush(f"{made}/{IMAGE_FILE}")
+        record = msgspec.structs.replace(record, verity=verity.enable(f"{made}/{IMAGE_FILE}"))
         _write(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
+        make_gate(made)
         os.chmod(made, _READABLE)
         _flush(made)
         if not store.is_whole(record.digest):
-            # Something damaged is in its place, or nothing.
+            # Something damaged is in its place, or something that is being removed, or nothing.
             remove_image(store, record.digest)
         try:
             os.rename(made, target)
@@ -105,6 +109,15 @@ def is_intact(image: StoredImage) -> bool:
     except OSError as error:
         raise store_unusable(image.path, error) from None
     return (size, digest) == (image.record.file_size, image.record.file_digest)
+
+
+def require_intact(image: StoredImage) -> None:
+    """Raise :class:`ImageDamaged` unless the file is, byte for byte, what was published. Reads all of it."""
+    if not is_intact(image):
+        raise ImageDamaged(
+            f"{image.path} is damaged: it is not what was published, its size or digest differs",
+            hint=f"hpcctr pull --verify {image.record.source}",
+        )
 
 
 def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, source: str = "") -> None:
@@ -136,15 +149,17 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True):
 
     names: tuple[str, ...]
     digests: tuple[str, ...]
-    #: Bytes of the image files.
+    #: Bytes of the image files that were freed.
     freed: int
+    #: Nodes that run a removed image: its file stays until a gc after their last program.
+    used_on: tuple[str, ...] = ()
 
 
 def remove(store: Store, text: str, platform: Platform | None = None) -> Removed:
     """Take a name away, on ``platform`` or on every one, and its image when no other name means it; or by digest, an
     image with all its names.
 
-    A program that runs in the image keeps it: the file lives on until it is unmounted.
+    A program that runs in the image keeps it, on whatever node.
     Raises :class:`ImageNotInStore`, :class:`StoreUnusable`.
     """
     names = list(store.names())
@@ -163,15 +178,20 @@ def remove(store: Store, text: str, platform: Platform | None = None) -> Removed
         digests = {line[2].history[0].digest for line in doomed} - kept
     for name, its_platform, _ in doomed:
         _unlink_name(store, store.name_file(ImageRef.parse(name), its_platform))
-    gone, freed = [], 0
-    for digest in sorted(digests):
-        size = remove_image(store, digest)
-        if size is not None:
-            gone.append(digest)
-            freed += size
+    departed = {digest: gone for digest in sorted(digests) if (gone := remove_image(store, digest)) is not None}
     return Removed(
-        names=tuple(f"{name} ({its_platform})" for name, its_platform, _ in doomed), digests=tuple(gone), freed=freed
+        names=tuple(f"{name} ({its_platform})" for name, its_platform, _ in doomed),
+        digests=tuple(departed),
+        freed=sum(gone.freed for gone in departed.values()),
+        used_on=tuple(sorted({node for gone in departed.values() for node in gone.used_on})),
     )
+
+
+def drop_names(store: Store, digest: str) -> None:
+    """Take every name of an image away. Raises :class:`StoreUnusable`."""
+    for name, platform, record in list(store.names()):
+        if record.history[0].digest == digest:
+            _unlink_name(store, store.name_file(ImageRef.parse(name), platform))
 
 
 def now() -> str:
@@ -192,24 +212,72 @@ def _unlink_name(store: Store, path: str) -> None:
             raise store_unusable(path, error) from None
 
 
-def remove_image(store: Store, digest: str) -> int | None:
-    """The size of the removed file; None when there was none. The directory leaves by one rename, so nobody finds
-    half of it."""
+class Departed(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that was removed: bytes that were freed, and the nodes because of which its file stays for now."""
+
+    freed: int
+    used_on: tuple[str, ...] = ()
+
+
+def remove_image(store: Store, digest: str) -> Departed | None:
+    """Remove an image; None when there was none. One that a node uses is set aside for gc: no launch finds it any
+    more, and who runs it keeps it. Raises :class:`StoreUnusable`.
+    """
     directory = store.image_directory(digest)
-    going = temporary_path(store, "gone")
     try:
-        size = os.stat(f"{directory}/{IMAGE_FILE}").st_size
-    except OSError:
-        size = 0
-    try:
-        os.rename(directory, going)
-        _flush(os.path.dirname(directory))
+        if close_gate(directory):
+            freed = remove_closed_image(store, directory)
+            return None if freed is None else Departed(freed=freed)
+        nodes = tuple(sorted({mark.node for mark in marks(directory)}))
+        _set_aside(store, directory, digest)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise store_unusable(directory, error) from None
+    return Departed(freed=0, used_on=nodes)
+
+
+def remove_closed_image(store: Store, directory: str) -> int | None:
+    """The bytes freed by removing an image, or one that was set aside, whose gate the caller has closed; None when it
+    was not there. It leaves by one rename, so nobody finds half of it. Raises :class:`StoreUnusable`.
+    """
+    going = temporary_path(store, "gone")
+    try:
+        os.rename(directory, going)
+        _flush(os.path.dirname(directory))
+        if has_gate(going):
+            # Another one of the digest, published since the gate was closed.
+            _put_back(store, going, directory)
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise store_unusable(directory, error) from None
+    try:
+        size = os.stat(f"{going}/{IMAGE_FILE}").st_size
+    except OSError:
+        size = 0
     shutil.rmtree(going, ignore_errors=True)
     return size
+
+
+def _put_back(store: Store, going: str, directory: str) -> None:
+    try:
+        os.rename(going, directory)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        # And one more, which is as good; nodes may use this one already.
+        _set_aside(store, going, os.path.basename(directory))
+
+
+def _set_aside(store: Store, directory: str, name: str) -> None:
+    aside = f"{store.path}/{LEAVING}"
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(aside, 0o700)
+    os.rename(directory, f"{aside}/{name.replace(':', '-')}-{secrets.token_hex(8)}")
+    _flush(os.path.dirname(directory))
+    _flush(aside)
 
 
 def temporary_path(store: Store, what: str) -> str:

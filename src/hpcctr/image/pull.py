@@ -12,16 +12,19 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal, Protocol
 
-from hpcctr.errors import ConversionFailed, PlatformMissing, UsageWrong
-from hpcctr.image import blobs, claims
+from hpcctr.errors import ConversionFailed, HpcctrError, PlatformMissing, UsageWrong
+from hpcctr.image import blobs, claims, layout
 from hpcctr.image.archive import find_image, open_files
-from hpcctr.image.conversion import OpenBlob, convert
+from hpcctr.image.conversion import FILE_SIZE_MAX, OpenBlob, convert
 from hpcctr.image.convert import ImageFile, find_tool
 from hpcctr.image.gc import drop_unfinished
+from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.platform import acceptable, of_this_node
 from hpcctr.image.progress import Progress as Progress
 from hpcctr.image.progress import ProgressReport
@@ -31,6 +34,7 @@ from hpcctr.image.reference import ImageRef
 from hpcctr.image.source import SourceImage
 from hpcctr.image.store import IMAGE_FILE, SCHEMA, Store, source_text
 from hpcctr.image.treestream import MergeFacts
+from hpcctr.image.uses import is_renewed
 from hpcctr.site import Site
 
 
@@ -53,6 +57,7 @@ def pull(
     name: str | None = None,
     source: str = "",
     verify: bool = False,
+    room: Room | None = None,
     worker: socket.socket | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> PullResult:
@@ -60,8 +65,8 @@ def pull(
 
     However many processes do this at once, one brings the image. With ``verify`` a stored image is compared with its
     digest, and brought anew when it is damaged. ``source`` is what records say of where it came from, where ``ref``
-    does not tell. ``worker`` is the socket of a converter that somebody else has started
-    (:func:`hpcctr.image.conversion.convert`); it is used up when this process brings the image, else left open.
+    does not tell. ``room`` limits the image file. ``worker`` is the socket of a converter that somebody else has
+    started (:func:`hpcctr.image.conversion.convert`); it is used up when this process brings the image, else left open.
 
     Raises :class:`RegistryFailed`, :class:`NotAnImage`, :class:`PlatformMissing`, :class:`ImageBroken`,
     :class:`ConversionFailed`, :class:`StoreUnusable`, :class:`ReferenceWrong`, :class:`UsageWrong`.
@@ -73,8 +78,8 @@ def pull(
     origin = source or source_text(ref)
     with _ended_orderly(), _opened(ref, site, store, wanted) as opened:
         damaged = _damaged_file(store, opened.digest) if verify else None
-        work = _Work(opened, store, named, origin, damaged, worker, progress)
-        was_stored, brought_here = work.is_done(False), False
+        work = _Work(opened, store, named, origin, damaged, room, worker, progress)
+        was_stored, brought_here = work.is_done(False) and work.is_kept(), False
         if not was_stored:
             find_tool()
             brought_here = claims.once(
@@ -94,6 +99,18 @@ def pull(
     return PullResult(image=image, name=str(named), was_stored=was_stored, brought_here=brought_here)
 
 
+#: Seconds between two looks at what a user's images take, while one is written.
+_LOOK_SECONDS = 1.0
+
+
+class Room(Protocol):
+    """What the images of somebody may take, :class:`hpcctr.storekeeper.room.Room`."""
+
+    def left(self, growing: Literal["images"]) -> int: ...
+
+    def require(self, growing: Literal["images"]) -> None: ...
+
+
 class _Work:
     """What one process does for all that want the image."""
 
@@ -104,6 +121,7 @@ class _Work:
         named: ImageRef,
         origin: str,
         damaged: tuple[int, int] | None,
+        room: Room | None,
         converter: socket.socket | None,
         progress: Callable[[Progress], None],
     ) -> None:
@@ -112,6 +130,8 @@ class _Work:
         self._origin = origin
         self._store = store
         self._damaged = damaged
+        self._room = room
+        self._next_look = 0.0
         self._converters = [converter]
         self._progress = progress
 
@@ -123,6 +143,14 @@ class _Work:
                 os.listdir(f"{self._store.path}/images")
         return self._store.is_whole(self._source.digest) and not self._is_damaged()
 
+    def is_kept(self) -> bool:
+        """Whether the image stays for as long as it takes to name it; False when it is just being removed."""
+        directory = self._store.image_directory(self._source.digest)
+        try:
+            return is_renewed(directory)
+        except OSError as error:
+            raise store_unusable(directory, error) from None
+
     def bring(self, claim: claims.Claim) -> None:
         """Download, convert, publish."""
         if not self._converters:
@@ -132,6 +160,7 @@ class _Work:
 
         def tell(step: Progress) -> None:
             claim.tell(step.stage, step.done, step.total)
+            self._look_at_room()
             self._progress(step)
 
         drop_unfinished(self._store)
@@ -141,14 +170,28 @@ class _Work:
             converter = self._converters[0]
             if converter is not None:
                 self._converters.clear()
-            file, facts = convert(image, open_blob, directory, report, worker=converter)
+            limit = FILE_SIZE_MAX
+            if self._room is not None:
+                self._room.require("images")
+                limit = min(limit, self._room.left("images"))
+            file, facts = convert(image, open_blob, directory, report, worker=converter, file_size_max=limit)
             claim.require_held()
+            if self._room is not None:
+                self._room.require("images")
             if self._is_damaged():
                 remove_image(self._store, image.digest)
             publish(self._store, _record(self._origin, image, file, facts), file.path)
             # Here already, and not only by everybody afterwards: most of those who wait have the same name for it.
             set_name(self._store, self._named, image.platform, image.digest, self._origin)
+        self._source.keep(image, str(self._named))
         blobs.drop(blobs.directory_of(self._store.path, image.digest))
+
+    def _look_at_room(self) -> None:
+        """Others of the same user's write as well."""
+        now = time.monotonic()
+        if self._room is not None and now >= self._next_look:
+            self._next_look = now + _LOOK_SECONDS
+            self._room.require("images")
 
     def _is_damaged(self) -> bool:
         return self._damaged is not None and _file(self._store, self._source.digest) == self._damaged
@@ -190,6 +233,8 @@ class _Source:
     digest: str
     image: Callable[[], SourceImage]
     layers: Callable[[SourceImage, claims.Claim, ProgressReport], contextlib.AbstractContextManager[OpenBlob]]
+    #: Keep what was downloaded, under a name, where the site wants that.
+    keep: Callable[[SourceImage, str], None] = lambda *_: None
 
 
 @contextlib.contextmanager
@@ -215,9 +260,17 @@ def _opened(ref: ImageRef, site: Site, store: Store, wanted: Platform) -> Iterat
         ) -> contextlib.AbstractContextManager[OpenBlob]:
             count = report.counter("download", sum({layer.digest: layer.size for layer in image.layers}.values()))
             directory = blobs.directory_of(store.path, image.digest)
-            return blobs.downloaded(registry, image.layers, directory, claim.worker.token, count)
+            return blobs.downloaded(registry, image.layers, directory, claim.worker.token, count, kept)
 
-        yield _Source(digest=found.digest, image=lambda: registry.image(found, wanted), layers=layers)
+        def keep(image: SourceImage, name: str) -> None:
+            # The image is published: what cannot be kept is downloaded once more when it is wanted again.
+            with contextlib.suppress(OSError, HpcctrError):
+                if site.keep_blobs:
+                    directory = blobs.directory_of(store.path, image.digest)
+                    layout.keep(kept, registry, image, directory, name=name, since=now())
+
+        kept = layout.directory_of(store.path)
+        yield _Source(digest=found.digest, image=lambda: registry.image(found, wanted), layers=layers, keep=keep)
 
 
 def _record(origin: str, image: SourceImage, file: ImageFile, facts: MergeFacts) -> ImageRecord:

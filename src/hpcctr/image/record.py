@@ -66,6 +66,8 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     passwd: bytes = b""
     group: bytes = b""
     changed: Changed = Changed()
+    #: The digest by which the kernel checks the file itself (fs-verity); empty where the filesystem does not.
+    verity: str = ""
 
 
 class NameEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -91,14 +93,18 @@ class StoredImage(msgspec.Struct, frozen=True, kw_only=True):
 
     record: ImageRecord
     path: str
-    #: The name it was found by; the digest itself when it was asked for by digest.
+    #: The name it was found by; the digest itself when it was asked for by digest. ``@OWNER/`` begins the name of an
+    #: image that another user shares.
     name: str
     #: In a user's own part of the store: what it is named says nothing about where it came from.
     is_private: bool = False
+    #: Why the name led to this digest, for people.
+    because: str = ""
 
     @property
     def policy_name(self) -> str:
         """What rules know it by. No name of the shared store begins so: its first part has a dot, a colon or is
         localhost.
         """
-        return f"private/{self.name}" if self.is_private else self.name
+        name = self.name.partition("/")[2] if self.name.startswith("@") else self.name
+        return f"private/{name}" if self.is_private else name

@@ -16,18 +16,21 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
 
-from hpcctr.errors import ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
+from hpcctr.errors import ImageGone, ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
+from hpcctr.image.history import known_since as known_to
+from hpcctr.image.history import meaning, was_there
 from hpcctr.image.imagefile import open_image_file, store_unusable
 from hpcctr.image.platform import acceptable, file_word, of_file_word, of_this_node
 from hpcctr.image.recall import Recall
-from hpcctr.image.record import ImageRecord, NameRecord, Platform, StoredImage
+from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef, is_digest, is_digest_or_prefix
 from hpcctr.image.stale import looked_up_again
+from hpcctr.image.uses import has_gate
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -93,29 +96,54 @@ class Store:
 
     # finding
 
-    def find(self, text: str, platform: Platform | None = None) -> StoredImage:
+    def find(
+        self, text: str, platform: Platform | None = None, *, as_of: int | None = None, known_since: str | None = None
+    ) -> StoredImage:
         """The image that a name or a digest (whole, or at least twelve digits) means on ``platform``; default: this
         node's.
 
-        Raises :class:`ImageNotInStore`, :class:`PlatformMissing`, :class:`ReferenceWrong`, :class:`StoreUnusable`.
+        ``as_of`` (seconds since 1970) is about names alone: :func:`hpcctr.image.history.meaning`. With ``known_since``
+        (RFC 3339) only what the name meant then and later counts.
+
+        Raises :class:`ImageNotInStore`, :class:`ImageGone`, :class:`PlatformMissing`, :class:`ReferenceWrong`,
+        :class:`StoreUnusable`.
         """
         wanted = platform or of_this_node()
         if text.startswith("sha256:") and is_digest_or_prefix(text):
             return self._require_platform(self.image(self.whole_digest(text)), wanted, text)
         ref = ImageRef.parse(text)
         named = ref.name_in_store()
-        record = None
-        for candidate in acceptable(wanted):
-            record = self.name_record(named, candidate)
-            if record is not None:
-                break
+        record = self._record(named, wanted)
         if record is None:
             return self._find_unnamed(ref, named, wanted)
-        image = self._image_or_none(record.history[0].digest, name=str(named))
+        history = record.history if known_since is None else known_to(record.history, known_since)
+        # Who says a digest or a file says what they mean now.
+        means = meaning(history, None if ref.digest or ref.is_file else as_of)
+        image = self._image_or_none(means.entry.digest, name=str(named))
+        if image is None and means.is_past:
+            raise ImageGone(
+                f"image {ref.familiar}: {means.entry.digest[:19]}, {means.because}, is not in the store any more",
+                hint=f"bring it again: hpcctr pull {_with_digest(named, means.entry.digest)}; or take what the name "
+                "means now: HPCCTR_AS_OF=now",
+            )
         # The name of a file's image is made of the file's own name: another file of that name is another image.
-        if image is None or (ref.is_file and record.history[0].source != source_text(ref)):
+        if image is None or (ref.is_file and means.entry.source != source_text(ref)):
             raise self._not_in_store(ref)
-        return image
+        name = self._tagged(ref, image) or str(named)
+        return msgspec.structs.replace(image, name=name, because=means.because)
+
+    def was_there(self, text: str, platform: Platform | None, as_of: int) -> bool:
+        """Whether a name meant something then. Raises as :meth:`find`."""
+        if text.startswith("sha256:") and is_digest_or_prefix(text):
+            return False
+        record = self._record(ImageRef.parse(text).name_in_store(), platform or of_this_node())
+        return record is not None and was_there(record.history, as_of)
+
+    def history_of(self, named: ImageRef) -> Iterator[NameEntry]:
+        """Every meaning a name has and had, on all platforms."""
+        for platform in self.platforms_of(named):
+            record = self.name_record(named, platform)
+            yield from record.history if record is not None else ()
 
     def whole_digest(self, text: str) -> str:
         """The digest in the store that begins like ``text``. Raises :class:`ImageNotInStore` for none or several."""
@@ -138,21 +166,27 @@ class Store:
         return image
 
     def image_known_as(self, digest: str, untrusted_name: str) -> StoredImage:
-        """The image of a whole digest, by a name somebody says it has, if it has it now, else by its digest.
+        """The image of a whole digest, by a name somebody says it has, if it has or had it, else by its digest.
 
         Raises :class:`ImageNotInStore`, :class:`StoreUnusable`.
         """
         with contextlib.suppress(ImageNotInStore, PlatformMissing, ReferenceWrong):
-            image = self.find(untrusted_name)
-            if image.record.digest == digest:
-                return image
+            named = ImageRef.parse(untrusted_name).name_in_store()
+            if any(entry.digest == digest for entry in self.history_of(named)):
+                return self.image(digest, name=str(named))
         return self.image(digest)
 
     def is_whole(self, digest: str) -> bool:
-        """Whether the image of that digest is there with a file of the size that was published."""
+        """Whether the image of that digest is there with a file of the size that was published, and nobody is about to
+        remove it.
+        """
         try:
             image = self._image_or_none(digest, name=digest)
-            return image is not None and looked_up_again(lambda: os.stat(image.path)).st_size == image.record.file_size
+            return (
+                image is not None
+                and looked_up_again(lambda: os.stat(image.path)).st_size == image.record.file_size
+                and has_gate(self.image_directory(digest))
+            )
         except (StoreUnusable, OSError):
             return False
 
@@ -234,8 +268,9 @@ class Store:
         """What is left when no record has the name: a manifest digest that came under another name, or the right
         error."""
         if ref.digest:
-            image = self._image_or_none(ref.digest, name=str(named))
+            image = self._image_or_none(ref.digest, name=ref.digest)
             if image is not None:
+                image = msgspec.structs.replace(image, name=self._name_with(ref, named, image))
                 return self._require_platform(image, wanted, ref.familiar)
         others = self.platforms_of(named)
         if others and not ref.is_file:
@@ -244,6 +279,35 @@ class Store:
                 hint=f"hpcctr pull --platform {wanted} {ref.familiar}",
             )
         raise self._not_in_store(ref)
+
+    def _name_with(self, ref: ImageRef, named: ImageRef, image: StoredImage) -> str:
+        """The name for an image asked for by NAME and digest: rules go by names, so only one it has or had counts.
+
+        Any name that has or had it, the repository it came from, else the digest alone.
+        """
+        tagged = self._tagged(ref, image)
+        if tagged:
+            return tagged
+        with contextlib.suppress(ReferenceWrong):
+            source = ImageRef.parse(image.record.source)
+            if (source.registry, source.repository) == (ref.registry, ref.repository):
+                return str(named)
+        return ref.digest
+
+    def _tagged(self, ref: ImageRef, image: StoredImage) -> str:
+        """NAME:TAG of NAME:TAG@DIGEST, if it means or has meant the image; else nothing."""
+        if not (ref.tag and ref.digest):
+            return ""
+        tagged = replace(ref, digest="")
+        has_meant_it = any(entry.digest == image.record.digest for entry in self.history_of(tagged))
+        return str(tagged) if has_meant_it else ""
+
+    def _record(self, named: ImageRef, wanted: Platform) -> NameRecord | None:
+        for candidate in acceptable(wanted):
+            record = self.name_record(named, candidate)
+            if record is not None:
+                return record
+        return None
 
     def platforms_of(self, named: ImageRef) -> list[Platform]:
         """The platforms a name exists for."""
@@ -303,6 +367,10 @@ class Store:
 def source_text(ref: ImageRef) -> str:
     """A reference as records hold it: independent of the working directory, and text whatever bytes its path has."""
     return str(ref.absolute()).encode("utf-8", "backslashreplace").decode()
+
+
+def _with_digest(named: ImageRef, digest: str) -> str:
+    return replace(named, tag="", digest=digest).familiar
 
 
 def _files_below(top: str) -> Iterator[tuple[str, str]]:

@@ -47,6 +47,15 @@ def _names_of(caller: Caller) -> frozenset[str]:
     return frozenset(names)
 
 
+def uid_of(user: str, *, asked_by: int) -> int | None:
+    """The number of a user, who may be named by it; None when there is no such user. Raises :class:`DeadlinePassed`."""
+    if user.isascii() and user.isdigit():
+        return int(user) if len(user) <= 10 else None
+    with contextlib.suppress(KeyError):
+        return with_deadline(lambda: pwd.getpwnam(user), uid=asked_by).pw_uid
+    return None
+
+
 def with_deadline(look_up: Callable[[], Found], *, uid: int) -> Found:
     """The answer of NSS about ``uid``. Raises :class:`DeadlinePassed`.
 

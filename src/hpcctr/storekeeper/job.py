@@ -45,6 +45,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     site: Site
     #: Whose errand: selects the part of the store. 0: the site's.
     uid: int
+    #: Their groups, the primary one included: what is shared with those is shared with them.
+    gids: tuple[int, ...] = ()
     #: The store's owner, who the storekeeper becomes.
     owner_uid: int
     owner_gid: int

@@ -45,8 +45,11 @@ def require_owner(store: str) -> tuple[int, int]:
     return uid, gid
 
 
-def start(errand: Errand, *, site: Site, uid: int, place: Place | None) -> Storekeeper:
-    """Start one for ``uid``, in ``place``. Raises :class:`PullRefused`, :class:`StoreUnusable`."""
+def start(errand: Errand, *, site: Site, uid: int, place: Place | None, gids: tuple[int, ...] = ()) -> Storekeeper:
+    """Start one for ``uid``, of the groups ``gids``, in ``place``.
+
+    Raises :class:`PullRefused`, :class:`StoreUnusable`.
+    """
     owner_uid, owner_gid = require_owner(site.store)
     peer, its_peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     outcome, its_outcome = os.pipe()
@@ -55,6 +58,7 @@ def start(errand: Errand, *, site: Site, uid: int, place: Place | None) -> Store
             errand=errand,
             site=site,
             uid=uid,
+            gids=gids,
             owner_uid=owner_uid,
             owner_gid=owner_gid,
             place=place,

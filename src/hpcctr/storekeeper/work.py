@@ -18,19 +18,24 @@ from types import FrameType
 
 import msgspec
 
-from hpcctr.errand import Ended, Failed, Listed, Progressed, Pulled, Removed, Said
+from hpcctr.errand import Ended, Failed, Listed, Progressed, Pulled, Quota, Removed, Said
 from hpcctr.errors import HpcctrError, ImageNotInStore, NotAnImage, StoreUnusable
 from hpcctr.image import platform as platforms
 from hpcctr.image.compression import is_compressed
 from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.progress import Progress
-from hpcctr.image.publish import remove, workspace
+from hpcctr.image.publish import remove, require_intact, workspace
+from hpcctr.image.quota import bytes_of
 from hpcctr.image.record import Platform
 from hpcctr.image.reference import ImageRef
+from hpcctr.image.sharing import drop_dangling
 from hpcctr.image.shelves import private_path
 from hpcctr.image.store import Store
+from hpcctr.image.uses import last_used
 from hpcctr.site import Site
+from hpcctr.storekeeper import sharing
 from hpcctr.storekeeper.job import Job
+from hpcctr.storekeeper.room import ARCHIVE, LOOK_EVERY, Room
 
 _CHUNK = 1 << 20
 #: Seconds an archive may not come on: its sender reads a file server that hangs.
@@ -66,19 +71,34 @@ def _do(job: Job, peer: socket.socket, converter: socket.socket | None) -> Itera
     if errand.task == "pull":
         yield _pull(job, job.site, ImageRef.parse(errand.image), peer, converter)
         return
+    if errand.task in ("share", "unshare", "shares"):
+        yield from sharing.change(job)
+        return
+    if errand.task == "shared":
+        yield from sharing.listed(job)
+        return
+    if errand.task == "inspect":
+        yield sharing.inspected(job)
+        return
     site = _part_of(job)
     if errand.task == "import":
         if job.uid:
             _make(site)
         yield _import(job, site, peer, converter)
+    elif errand.task == "verify":
+        _verify(site, errand.image)
     elif errand.task == "images":
         if os.path.isdir(site.store):
             yield from _list(site)
+            if job.uid:
+                yield Quota(used=bytes_of(site.store), limit=job.site.limits.bytes_per_uid)
     else:
         if not os.path.isdir(site.store):
             raise ImageNotInStore(f"{errand.image} is none of your images", hint="hpcctr images")
-        removed = remove(Store.open(site.store, writable=True), errand.image, _platform(errand.platform))
-        yield Removed(names=removed.names, digests=removed.digests, freed=removed.freed)
+        store = Store.open(site.store, writable=True)
+        removed = remove(store, errand.image, _platform(errand.platform))
+        drop_dangling(store)
+        yield Removed(names=removed.names, digests=removed.digests, freed=removed.freed, used_on=removed.used_on)
 
 
 def _part_of(job: Job) -> Site:
@@ -103,15 +123,20 @@ def _make(site: Site) -> None:
 
 
 def _pull(
-    job: Job, site: Site, ref: ImageRef, peer: socket.socket, converter: socket.socket | None, origin: str = ""
+    job: Job,
+    site: Site,
+    ref: ImageRef,
+    peer: socket.socket,
+    converter: socket.socket | None,
+    origin: str = "",
+    room: Room | None = None,
 ) -> Pulled:
     # The registry client behind this costs half a second of imports: only a pull pays for it.
     from hpcctr.image.pull import pull
 
     def tell(progress: Progress) -> None:
-        waiting = progress.waiting
-        who = "" if waiting is None else f"pid {waiting.pid} on {waiting.host}"
-        _say(peer, Progressed(stage=progress.stage, done=progress.done, total=progress.total, who=who))
+        who, doing = (str(progress.waiting), progress.waiting.stage) if progress.waiting is not None else ("", "")
+        _say(peer, Progressed(stage=progress.stage, done=progress.done, total=progress.total, who=who, doing=doing))
 
     result = pull(
         ref,
@@ -119,12 +144,18 @@ def _pull(
         platform=_platform(job.errand.platform),
         name=job.errand.name or None,
         source=origin,
+        room=room,
+        verify=bool(job.errand.verify),
         progress=tell,
         worker=converter,
     )
     record = result.image.record
     return Pulled(
-        name=result.name, digest=record.digest, file_size=record.file_size, was_stored=not result.brought_here
+        name=result.name,
+        digest=record.digest,
+        file_size=record.file_size,
+        was_stored=not result.brought_here,
+        platform=str(record.platform),
     )
 
 
@@ -137,31 +168,32 @@ def _import(job: Job, site: Site, peer: socket.socket, converter: socket.socket 
         )
     store = Store.open(site.store, writable=True)
     with workspace(store) as directory:
-        path = f"{directory}/archive"
-        _receive(peer, path, _room(job, store))
+        path = f"{directory}/{ARCHIVE}"
+        room = Room(part=store.path, limit=job.site.limits.bytes_per_uid) if job.uid else None
+        _receive(peer, path, room)
         with open(path, "rb") as file:
             if is_compressed(file.read(8)):
                 # Whoever writes the store decompresses nothing outside of the converter.
                 raise NotAnImage("the archive that came is compressed as a whole", hint="gunzip it, or unzstd")
         text = f"{transport}:{path}" + (f":{layout_ref}" if layout_ref else "")
-        return _pull(job, site, ImageRef.parse(text), peer, converter, job.errand.source)
+        return _pull(job, site, ImageRef.parse(text), peer, converter, job.errand.source, room)
 
 
-def _receive(peer: socket.socket, path: str, room: int) -> None:
+def _receive(peer: socket.socket, path: str, room: Room | None) -> None:
     peer.settimeout(_SILENCE_MAX)
-    size = 0
+    since_look = LOOK_EVERY
     try:
         with open(path, "xb", buffering=0) as file:
             while chunk := peer.recv(_CHUNK):
-                size += len(chunk)
-                if size > room:
-                    raise StoreUnusable(
-                        "the archive is larger than what your images may take in the store",
-                        hint="hpcctr images --mine; hpcctr rm IMAGE; the limit is [limits] bytes-per-uid of site.toml",
-                    )
                 view = memoryview(chunk)
                 while view:
                     view = view[file.write(view) :]
+                since_look += len(chunk)
+                if room is not None and since_look >= LOOK_EVERY:
+                    room.require("archives")
+                    since_look = 0
+        if room is not None:
+            room.require("archives")
     except TimeoutError:
         raise StoreUnusable(f"the archive stopped coming for {_SILENCE_MAX:.0f} s") from None
     except OSError as error:
@@ -170,19 +202,16 @@ def _receive(peer: socket.socket, path: str, room: int) -> None:
         peer.settimeout(None)
 
 
-def _room(job: Job, store: Store) -> int:
-    """Bytes a user's images may still grow by."""
-    if job.uid == 0:
-        return 1 << 62
-    used = 0
-    for digest in store.digests():
-        with contextlib.suppress(HpcctrError):
-            used += store.image(digest).record.file_size
-    return job.site.limits.bytes_per_uid - used
+def _verify(site: Site, text: str) -> None:
+    """Raise :class:`ImageDamaged` unless one of the user's own images is, byte for byte, what was published."""
+    if not os.path.isdir(site.store):
+        raise ImageNotInStore(f"{text} is none of your images", hint="hpcctr images")
+    require_intact(Store.open(site.store).find(text))
 
 
 def _list(site: Site) -> Iterator[Said]:
-    for stored in Store.open(site.store, writable=True).images():
+    store = Store.open(site.store, writable=True)
+    for stored in store.images():
         record = stored.image.record if stored.image is not None else None
         yield Listed(
             name=stored.name,
@@ -191,6 +220,7 @@ def _list(site: Site) -> Iterator[Said]:
             since=stored.since,
             # Bounded: passwd and group of an image may be long.
             record=None if record is None else msgspec.structs.replace(record, passwd=b"", group=b""),
+            last_used=last_used(store.image_directory(stored.digest)),
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 from hpcctr.engine import errands
 from hpcctr.engine.errands import Errands
 from hpcctr.errand import Ended, Errand
-from hpcctr.errors import EngineBusy, PolicyDenied, PullRefused, ReferenceWrong, StoreUnusable
+from hpcctr.errors import EngineBusy, ImageNotYours, PolicyDenied, PullRefused, ReferenceWrong, StoreUnusable
 from hpcctr.site import LimitSettings, Site
 from tests.support.values import a_caller
 
@@ -37,6 +37,8 @@ def test_without_rules_everybody_may(tmp_path: Path) -> None:
         Errand(task="import", image="oci-archive", name="localhost/x:1"),
         Errand(task="images"),
         Errand(task="remove", image="x"),
+        Errand(task="share", image="x", grantees="uid-1"),
+        Errand(task="shared"),
     ):
         assert _errands(tmp_path).may(errand, ALICE)
 
@@ -79,6 +81,19 @@ def test_a_store_of_roots_is_not_written_for_users(tmp_path: Path) -> None:
     for errand in (Errand(task="pull", image="x:1"), Errand(task="import", image="oci-archive", name="localhost/x:1")):
         with pytest.raises(PullRefused, match="belongs to root"):
             engine.may(errand, ALICE)
+
+
+def test_what_another_user_shares_is_looked_at_and_nothing_else(tmp_path: Path) -> None:
+    engine = _errands(tmp_path)
+    assert engine.may(Errand(task="inspect", image="@bob/app:1"), ALICE)
+    for task in ("share", "unshare", "shares", "remove"):
+        with pytest.raises(ImageNotYours, match="its owner's"):
+            engine.may(Errand(task=task, image="@bob/app:1"), ALICE)
+    with pytest.raises(ReferenceWrong):
+        engine.may(Errand(task="pull", image="@bob/app:1"), ALICE)
+    os.chown(tmp_path / "store", 0, 0)
+    with pytest.raises(PullRefused, match="belongs to root"):
+        engine.may(Errand(task="share", image="app:1", grantees="uid-1"), ALICE)
 
 
 def test_storekeepers_are_counted_by_user_and_in_all(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ def builder() -> NodeBuilder:
     )
 
 
-def test_the_namespace_is_open_as_long_as_somebody_has_the_container() -> None:
+def test_each_value_has_a_namespace_of_its_own() -> None:
     reader, writer = os.pipe()
-    container = NodeContainer(
+    one = NodeContainer(
         container_id="k-1",
         key="k",
         uid=1000,
@@ -33,12 +33,12 @@ def test_the_namespace_is_open_as_long_as_somebody_has_the_container() -> None:
         image_mount="m",
         created=0.0,
     )
-    held = container
-    del container
-    assert os.fstat(held.namespace)
-    del held
+    other = one.again()
+    one.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reader)
+    assert os.path.samestat(os.fstat(other.namespace), os.fstat(writer)) and other.container_id == "k-1"
+    other.close()
     os.close(writer)
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from hpcctr.containerd import Containerd
 from hpcctr.engine import nodes
-from hpcctr.engine.node import NodeContainer
 from hpcctr.engine.nodes import NodeContainers
 from hpcctr.errors import ContainerdUnavailable, DeadlinePassed, TargetImpossible
 from hpcctr.host.edits import HostEdits
@@ -47,11 +46,11 @@ def test_without_containerd_nothing_is_opened_and_nothing_is_left(base: Path) ->
 
 
 def test_whoever_waits_for_another_gets_an_error_of_its_own() -> None:
-    ready: Future[NodeContainer] = Future()
+    ready: Future[None] = Future()
     failure = TargetImpossible("mount target /x: no", hint="another")
     ready.set_exception(failure)
     with pytest.raises(TargetImpossible) as raised:
-        nodes._result_of_another(ready)
+        nodes._wait_for_another(ready)
     assert raised.value is not failure
     assert (raised.value.message, raised.value.hint) == (failure.message, failure.hint)
 
@@ -59,4 +58,4 @@ def test_whoever_waits_for_another_gets_an_error_of_its_own() -> None:
 def test_waiting_for_another_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "_BUILD_SECONDS", 0.01)
     with pytest.raises(DeadlinePassed):
-        nodes._result_of_another(Future())
+        nodes._wait_for_another(Future())

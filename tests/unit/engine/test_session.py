@@ -33,13 +33,17 @@ class NoContainers:
     def __init__(self) -> None:
         self.asked: list[Grant] = []
         self.joined = 0
+        self.closed = 0
 
     def get(self, grant: Grant, *, open_image: Callable[[], int]) -> SimpleNamespace:
         self.asked.append(grant)
-        return SimpleNamespace(key=grant.key, namespace=-1)
+        return SimpleNamespace(key=grant.key, namespace=-1, close=self.close)
 
     def join(self, container: SimpleNamespace, caller: Caller) -> None:
         self.joined += 1
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 @pytest.fixture
@@ -82,6 +86,8 @@ def serving(site: Site, nodes: NoContainers) -> Iterator[Serving]:
     for sock in sockets:
         sock.close()
     os.close(pidfd)
+    # Whatever became of the session, it has let go of the container.
+    assert nodes.closed == len(nodes.asked)
 
 
 def _answer(sock: socket.socket) -> Frame:

@@ -149,6 +149,12 @@ def test_a_link_in_the_place_of_work_is_not_followed(store: Store, tmp_path: Pat
     assert (tmp_path / "elsewhere/file").exists()
 
 
+def test_a_store_that_nothing_was_pulled_to_is_in_order(tmp_path: Path) -> None:
+    """One that has only users' parts has no tmp/ of its own."""
+    (tmp_path / "users").mkdir()
+    assert find_garbage(Store.open(str(tmp_path))) == []
+
+
 def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreUnusable, match="none"):
         collect(Store(path=str(tmp_path / "none")))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from hpcctr.errors import ImageNotInStore, StoreUnusable
+from hpcctr.errors import ImageNotInStore, ReferenceWrong, StoreUnusable
 from hpcctr.image import shelves
 from hpcctr.image.pull import pull
 from hpcctr.image.reference import ImageRef
+from hpcctr.image.shares import Grantee
+from hpcctr.image.sharing import share
+from hpcctr.image.store import Store
 from hpcctr.site import Site
 from tests.support.oci import Image, file, tar, write_oci_archive
 
@@ -48,6 +53,55 @@ def test_ones_own_comes_first_and_is_nobody_elses(store: Path) -> None:
     assert shelves.find(str(store), 4711, own).record.digest == own
     assert shelves.image_known_as(str(store), 4711, own, "whatever").record.digest == own
     assert shelves.image_known_as(str(store), 4711, shared, NAME).record.digest == shared
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "@", "@alice", "@alice/", "@/app:1", "@al ice/app:1", "@-x/app:1", "@alice/@bob/app:1", "@../app:1", "app:1",
+     "@a\nb/app:1", "@alice/oci-archive:/etc/shadow", "@alice/../../4711/app:1", "@" + "a" * 70 + "/app:1"],
+)  # fmt: skip
+def test_what_is_no_name_of_a_users_image_is_refused(text: str) -> None:
+    with pytest.raises(ReferenceWrong):
+        shelves.SharedName.parse(text)
+
+
+def test_owners_are_named_as_sites_name_them() -> None:
+    for owner in ("alice", "1000", "alice-b.c", "DOMAIN\\alice", "alice@domain", "_svc", "host$"):
+        shared = shelves.SharedName.parse(f"@{owner}/app:1")
+        assert (shared.owner, shared.name, str(shared)) == (owner, "app:1", f"@{owner}/app:1")
+
+
+def test_another_users_image_is_found_by_those_it_is_shared_with(store: Path) -> None:
+    part = Path(shelves.private_path(str(store), 4711))
+    own = _with(part, b"own")
+    share(str(store), Store(path=str(part)), 4711, NAME, [Grantee(kind="gid", number=50)], most=9)
+    name = f"@4711/{NAME}"
+    for uid, gids in ((4712, (1, 50)), (4711, ()), (0, ())):
+        found = shelves.find(str(store), uid, name, gids=gids)
+        assert (found.record.digest, found.name, found.is_private) == (own, name, True)
+        assert found.policy_name == f"private/{NAME}"
+        assert shelves.image_known_as(str(store), uid, own, name, gids=gids).name == name
+    hints = set()
+    for text in (name, f"@4711/{own}", "@4711/none:1", "@4799/none:1", f"@4799/{NAME}", "@no-such-user/none:1"):
+        with pytest.raises(ImageNotInStore) as caught:
+            shelves.find(str(store), 4712, text, gids=(1, 2))
+        assert str(caught.value) == f"image {text} does not exist, or is not shared with you"
+        hints.add(caught.value.hint.replace(text.partition("/")[2], "NAME"))
+    assert len(hints) == 1
+    with pytest.raises(ImageNotInStore):
+        shelves.image_known_as(str(store), 4712, own, name, gids=(1, 2))
+
+
+def test_a_name_of_ones_own_that_is_younger_than_the_moment_waits_for_the_sites(store: Path) -> None:
+    shared = _with(store, b"shared")
+    own = _with(Path(shelves.private_path(str(store), 4711)), b"own")
+    now = int(time.time())
+    for path in store.glob("names/**/*.json"):
+        path.write_text(re.sub(r'"since": ?"[^"]*"', '"since": "2026-01-01T00:00:00Z"', path.read_text()))
+    assert shelves.find(str(store), 4711, NAME, as_of=now - 3600).record.digest == shared
+    assert shelves.find(str(store), 4711, NAME, as_of=now + 3600).record.digest == own
+    # Nobody had the name then: one's own comes first.
+    assert shelves.find(str(store), 4711, NAME, as_of=0).record.digest == own
 
 
 def test_what_only_the_site_has_is_found_by_who_has_images_of_their_own(store: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from hpcctr.errors import ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
+from hpcctr.errors import ImageGone, ImageNotInStore, PlatformMissing, ReferenceWrong, StoreUnusable
 from hpcctr.image import platform as platforms
 from hpcctr.image import stale
 from hpcctr.image.publish import publish, set_name, workspace
-from hpcctr.image.record import ImageConfig, ImageRecord, Platform, StoredImage
+from hpcctr.image.record import ImageConfig, ImageRecord, NameRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.store import Store
 from hpcctr.image.verification import sha256_of
@@ -64,11 +66,13 @@ def test_a_name_leads_to_its_image(store: Store) -> None:
         assert Path(found.path).read_bytes() == b"hsqs"
 
 
-def test_an_image_is_known_by_a_name_it_has_now_else_by_its_digest(store: Store) -> None:
+def test_an_image_is_known_by_a_name_it_has_or_had_else_by_its_digest(store: Store) -> None:
     old = put(store, "python:3.12", seed="old")
-    assert store.image_known_as(old.record.digest, "python:3.12").name == "docker.io/library/python:3.12"
     other = put(store, "python:3.12", seed="new")
-    for claim in ("python:3.12", "no/such:1", "", "..", "\n", "x" * 5000, other.record.digest, "sha256:0"):
+    for image in (old, other):
+        assert store.image_known_as(image.record.digest, "python:3.12").name == "docker.io/library/python:3.12"
+    put(store, "python:3.13")
+    for claim in ("python:3.13", "no/such:1", "", "..", "\n", "x" * 5000, other.record.digest, "sha256:0"):
         found = store.image_known_as(old.record.digest, claim)
         assert (found.record, found.name) == (old.record, old.record.digest)
     with pytest.raises(ImageNotInStore):
@@ -110,6 +114,65 @@ def test_a_name_with_a_digest_is_found_by_it(store: Store) -> None:
     set_name(store, ImageRef.parse(f"app@{index}").name_in_store(), HERE, digest)
     assert store.find(f"app@{index}").record == image.record
     assert f"docker.io/library/app@{index}" in [line.name for line in store.images()]
+
+
+def test_a_digest_has_no_name_it_never_had(store: Store) -> None:
+    """Rules go by names: saying one before the digest of another image is not having it."""
+    image = put(store, "localhost/app:1", source="quay.io/org/app:1")
+    digest = image.record.digest
+    put(store, "localhost/app:1", seed="new")
+    for text, name in (
+        (f"localhost/app:1@{digest}", "localhost/app:1"),
+        (f"quay.io/org/app@{digest}", f"quay.io/org/app@{digest}"),
+        (f"quay.io/org/app:whatever@{digest}", f"quay.io/org/app@{digest}"),
+        (f"localhost/app@{digest}", digest),
+        (f"docker.io/library/trusted:1@{digest}", digest),
+    ):
+        found = store.find(text)
+        assert (found.record.digest, found.name) == (digest, name)
+
+
+def _at(store: Store, name: str, *moments: str) -> list[str]:
+    """Give a name one meaning at each moment, oldest first; the digests."""
+    digests = []
+    for moment in moments:
+        digests.append(put(store, name, seed=moment).record.digest)
+        path = Path(store.name_file(ImageRef.parse(name).name_in_store(), HERE))
+        record = msgspec.json.decode(path.read_bytes(), type=NameRecord)
+        newest = msgspec.structs.replace(record.history[0], since=moment)
+        path.write_bytes(msgspec.json.encode(msgspec.structs.replace(record, history=(newest, *record.history[1:]))))
+    return digests
+
+
+def test_a_name_means_what_it_meant_at_a_moment(store: Store) -> None:
+    old, new = _at(store, "app:1", "2026-01-01T00:00:00Z", "2026-01-03T00:00:00Z")
+    for day, digest in (("2025-12-31", old), ("2026-01-01", old), ("2026-01-02", old), ("2026-01-03", new)):
+        moment = int(datetime.fromisoformat(f"{day}T00:00:00Z").timestamp())
+        found = store.find("app:1", as_of=moment)
+        assert (found.record.digest, found.name) == (digest, "docker.io/library/app:1")
+        assert ("now sha256:" in found.because) == (digest == old)
+        assert store.was_there("app:1", None, moment) == (day != "2025-12-31")
+        # A digest is a digest, now and then.
+        assert store.find(f"app@{new}", as_of=moment).record.digest == new
+        assert store.find(new, as_of=moment).record.digest == new
+        assert not store.was_there(new, None, moment)
+    assert store.find("app:1").record.digest == new
+
+
+def test_what_a_name_meant_and_is_gone_is_said_and_not_replaced(store: Store) -> None:
+    old, _ = _at(store, "app:1", "2026-01-01T00:00:00Z", "2026-01-03T00:00:00Z")
+    shutil.rmtree(store.image_directory(old))
+    moment = int(datetime.fromisoformat("2026-01-02T00:00:00Z").timestamp())
+    with pytest.raises(ImageGone, match="is not in the store any more") as caught:
+        store.find("app:1", as_of=moment)
+    assert f"hpcctr pull app@{old}" in caught.value.hint and "HPCCTR_AS_OF=now" in caught.value.hint
+
+
+def test_a_file_is_named_for_what_it_means_now(store: Store, tmp_path: Path) -> None:
+    name = f"oci-archive:{tmp_path}/app.tar"
+    put(store, name, seed="old")
+    new = put(store, name, seed="new")
+    assert store.find(name, as_of=0).record == new.record
 
 
 def test_what_is_missing_is_said_with_the_command_that_brings_it(store: Store) -> None:

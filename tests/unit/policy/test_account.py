@@ -35,6 +35,13 @@ def test_a_uid_no_directory_knows_is_known_by_number() -> None:
     assert names_for(RULES, a_caller(uid=987654, gid=987655, groups=(987656,))) == {"987654", "@987655", "@987656"}
 
 
+def test_a_user_is_found_by_name_or_number() -> None:
+    assert account.uid_of("root", asked_by=1) == 0
+    assert account.uid_of("4711", asked_by=1) == 4711
+    for nobody in ("no-such-user", "9" * 11, "", "-1"):
+        assert account.uid_of(nobody, asked_by=1) is None
+
+
 def test_nobody_is_looked_up_when_no_rule_asks() -> None:
     assert names_for((Rule(name="all", action="allow"),), a_caller(uid=0)) == frozenset()
 

@@ -159,11 +159,13 @@ def test_only_its_owner_changes_shares_and_removes(shop: Node, alice: User, bob:
         ["rm", shared],
         ["share", shared, "--group", "0"],
         ["share", shared],
-        ["promote", shared],
         ["inspect", "--verify", shared],
     ):
         done = shop.hpcctr(*words, user=bob, check=126)
         assert b"error[not-your-image]" in done.stderr, done.stderr
+    for user in (alice, bob):
+        done = shop.hpcctr("promote", shared, user=user, check=126)
+        assert b"error[caller-refused]" in done.stderr and b"root and the store's owner" in done.stderr, done.stderr
     for words in (["pull", shared], ["pull", "--private", shared]):
         assert b"error[usage]" in shop.hpcctr(*words, user=bob, check=125).stderr
     assert b"error[image-not-in-store]" in shop.hpcctr("share", NAME, "--user", "0", user=bob, check=125).stderr

@@ -21,7 +21,7 @@ from tests.support.mountinfo import read_mountinfo
 from tests.support.registry import Registry
 from tests.support.scratch import scratch
 
-TREES = (("/usr/share", "/usr/include"), ("/usr/lib/gcc", "/usr/lib/python3", "/usr/lib/x86_64-linux-gnu"))
+TREES = (("/usr/include", "/usr/share/doc"), ("/usr/lib/gcc", "/usr/lib/python3", "/usr/lib/x86_64-linux-gnu"))
 """The image's layers: files every Debian has, whichever versions."""
 
 

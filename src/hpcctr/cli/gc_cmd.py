@@ -54,6 +54,7 @@ def gc(
         raise UsageWrong("--unused goes with --keep-bytes", hint="hpcctr gc --keep-bytes SIZE --unused")
     keep = quota.parse_size(keep_bytes) if keep_bytes else None
     site = Site.of_this_process()
+    shared_images.require_administrator(site, "gc")
     own_images.become_owner(site)
     for node in forget_node or ():
         _forget(site, node, dry_run)

@@ -66,6 +66,7 @@ def promote(
     The user keeps theirs. The file is verified, and not written again where the filesystem can link it.
     """
     site = Site.of_this_process()
+    shared_images.require_administrator(site, f"promote {image}")
     part, its_name = shared_images.part_of(site, image)
     promoted = promote_image(
         site.store,

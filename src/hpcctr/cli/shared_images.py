@@ -10,7 +10,7 @@ import msgspec
 
 from hpcctr.cli import bringing, errands, own_images
 from hpcctr.errand import Errand, Listed
-from hpcctr.errors import ImageNotInStore, ImageNotYours
+from hpcctr.errors import CallerRefused, ImageNotInStore, ImageNotYours
 from hpcctr.image import platform as platforms
 from hpcctr.image import shelves
 from hpcctr.image.record import StoredImage
@@ -26,6 +26,12 @@ from hpcctr.site import Site
 def is_administrator(site: Site) -> bool:
     """Whether this process may read and write every user's part: as root, or as the store's owner."""
     return os.geteuid() == 0 or bringing.is_writer(site.store)
+
+
+def require_administrator(site: Site, command: str) -> None:
+    """Raise :class:`CallerRefused` unless this process may do what ``command`` does."""
+    if not is_administrator(site):
+        raise CallerRefused(f"hpcctr {command} is for root and the store's owner", hint=f"sudo hpcctr {command}")
 
 
 def listed(site: Site) -> Iterator[Listed]:

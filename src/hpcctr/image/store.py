@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -113,12 +114,13 @@ class Store:
             return self._require_platform(self.image(self.whole_digest(text)), wanted, text)
         ref = ImageRef.parse(text)
         named = ref.name_in_store()
-        record = self._record(named, wanted)
+        # Who says a digest or a file says what they mean now.
+        moment = None if ref.digest or ref.is_file else as_of
+        record = self._record(named, wanted, moment)
         if record is None:
             return self._find_unnamed(ref, named, wanted)
         history = record.history if known_since is None else known_to(record.history, known_since)
-        # Who says a digest or a file says what they mean now.
-        means = meaning(history, None if ref.digest or ref.is_file else as_of)
+        means = meaning(history, moment)
         image = self._image_or_none(means.entry.digest, name=str(named))
         if image is None and means.is_past:
             raise ImageGone(
@@ -136,7 +138,7 @@ class Store:
         """Whether a name meant something then. Raises as :meth:`find`."""
         if text.startswith("sha256:") and is_digest_or_prefix(text):
             return False
-        record = self._record(ImageRef.parse(text).name_in_store(), platform or of_this_node())
+        record = self._record(ImageRef.parse(text).name_in_store(), platform or of_this_node(), as_of)
         return record is not None and was_there(record.history, as_of)
 
     def history_of(self, named: ImageRef) -> Iterator[NameEntry]:
@@ -181,7 +183,7 @@ class Store:
         remove it.
         """
         try:
-            image = self._image_or_none(digest, name=digest)
+            image = self._image_or_none(digest, name=digest, is_settled=False)
             return (
                 image is not None
                 and looked_up_again(lambda: os.stat(image.path)).st_size == image.record.file_size
@@ -190,10 +192,12 @@ class Store:
         except (StoreUnusable, OSError):
             return False
 
-    def name_record(self, named: ImageRef, platform: Platform) -> NameRecord | None:
-        """What a name means for exactly this platform; None when it means nothing."""
+    def name_record(self, named: ImageRef, platform: Platform, *, as_of: int | None = None) -> NameRecord | None:
+        """What a name means for exactly this platform; None when it means nothing. With ``as_of`` the newest meanings
+        may be missing: what it meant at a moment that has passed, no other node changes.
+        """
         path = self.name_file(named, platform)
-        raw = self._read(path)
+        raw = self._read(path, is_settled=as_of is not None and as_of < time.time())
         if raw is None:
             return None
         record = _decode(raw, NameRecord, path)
@@ -302,9 +306,9 @@ class Store:
         has_meant_it = any(entry.digest == image.record.digest for entry in self.history_of(tagged))
         return str(tagged) if has_meant_it else ""
 
-    def _record(self, named: ImageRef, wanted: Platform) -> NameRecord | None:
+    def _record(self, named: ImageRef, wanted: Platform, as_of: int | None) -> NameRecord | None:
         for candidate in acceptable(wanted):
-            record = self.name_record(named, candidate)
+            record = self.name_record(named, candidate, as_of=as_of)
             if record is not None:
                 return record
         return None
@@ -339,9 +343,9 @@ class Store:
             f"image {ref.familiar} is not in the store {self.path}", hint=f"hpcctr pull {ref.familiar}"
         )
 
-    def _image_or_none(self, digest: str, *, name: str) -> StoredImage | None:
+    def _image_or_none(self, digest: str, *, name: str, is_settled: bool = True) -> StoredImage | None:
         directory = self.image_directory(digest)
-        raw = self._read(f"{directory}/{RECORD_FILE}")
+        raw = self._read(f"{directory}/{RECORD_FILE}", is_settled=is_settled)
         if raw is None:
             return None
         record = _decode(raw, ImageRecord, f"{directory}/{RECORD_FILE}")
@@ -349,10 +353,10 @@ class Store:
             raise _damaged(f"{directory}/{RECORD_FILE}", "it is about another image")
         return StoredImage(record=record, path=f"{directory}/{record.file}", name=name)
 
-    def _read(self, path: str) -> bytes | None:
+    def _read(self, path: str, *, is_settled: bool = False) -> bytes | None:
         """The content of a record; None when there is no such file."""
         try:
-            raw = looked_up_again(lambda: _recall.read(path, _RECORD_SIZE_MAX + 1))
+            raw = looked_up_again(lambda: _recall.read(path, _RECORD_SIZE_MAX + 1, is_settled=is_settled))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except IsADirectoryError:

@@ -56,6 +56,12 @@ def test_what_looks_the_same_is_read_again_after_a_moment(
     monkeypatch.setattr(recall, "FRESH_SECONDS", 0.0)
     kept.read(str(path), 100)
     assert len(opened) == 2
+    # But not what is never changed, for longer.
+    kept.read(str(path), 100, is_settled=True)
+    assert len(opened) == 2
+    monkeypatch.setattr(recall, "SETTLED_SECONDS", 0.0)
+    kept.read(str(path), 100, is_settled=True)
+    assert len(opened) == 3
 
 
 def test_links_and_what_is_no_file_are_not_followed(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _hold(nodes: int, prefix: str, store: str, accounted: bool) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, STATE)
         root = stack.enter_context(scratch("by-hand"))
-        stack.enter_context(users(*ACCOUNTS.values()))
+        *_, owner = stack.enter_context(users(*ACCOUNTS.values(), "hpcctr-store"))
         # A site keeps node containers for a while; whoever types looks at them.
         started = stack.enter_context(
             cluster(
@@ -102,6 +102,9 @@ def _hold(nodes: int, prefix: str, store: str, accounted: bool) -> None:
                 linger_seconds=60,
             )
         )
+        # As docs/store.md advises, so that everybody can bring images.
+        node = started.nodes[started.login.root.name]
+        node.host.run(["chown", f"{owner.uid}:{owner.gid}", str(node.site.store)])
         state = State(
             pid=os.getpid(),
             start=Process.read(os.getpid()).start,

@@ -8,11 +8,13 @@ mean anything else, as the record of an image, is taken again for :data:`SETTLED
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 
 #: The ranks of a node start within this of each other; nobody pulls a name anew and runs it elsewhere faster.
 FRESH_SECONDS = 1.0
@@ -27,22 +29,38 @@ _Identity = tuple[int, int, int, int]
 
 
 class Recall:
-    """What was read of some files, with when. Several threads may use one."""
+    """What was read of some files, with when. Several threads may use one: of those that want a file at once, one reads
+    it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[_Identity, float, bytes]] = OrderedDict()
+        #: Files that are being read, and how many threads want each.
+        self._turns: dict[str, tuple[threading.Lock, int]] = {}
 
     def read(self, path: str, limit: int, *, is_settled: bool = False) -> bytes:
         """The first ``limit`` bytes of a regular file; ``is_settled`` when what it says is never changed. Raises
         OSError as open does, and IsADirectoryError for anything that is no regular file.
         """
         fresh = SETTLED_SECONDS if is_settled else FRESH_SECONDS
-        now = time.monotonic()
+        content = self._kept_of(path, fresh)
+        if content is None:
+            with self._turn(path):
+                content = self._kept_of(path, fresh)
+                if content is None:
+                    content = self._read(path, limit)
+        return content
+
+    def _kept_of(self, path: str, fresh: float) -> bytes | None:
         with self._lock:
             kept = self._kept.get(path)
-        if kept is not None and now - kept[1] < fresh and _identity(os.lstat(path)) == kept[0]:
-            return kept[2]
+        if kept is None or time.monotonic() - kept[1] >= fresh or _identity(os.lstat(path)) != kept[0]:
+            return None
+        return kept[2]
+
+    def _read(self, path: str, limit: int) -> bytes:
+        now = time.monotonic()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
@@ -58,6 +76,20 @@ class Recall:
             while len(self._kept) > _FILES:
                 self._kept.popitem(last=False)
         return content
+
+    @contextlib.contextmanager
+    def _turn(self, path: str) -> Iterator[None]:
+        with self._lock:
+            turn, wanted = self._turns.get(path) or (threading.Lock(), 0)
+            self._turns[path] = (turn, wanted + 1)
+        try:
+            with turn:
+                yield
+        finally:
+            with self._lock:
+                turn, wanted = self._turns.pop(path)
+                if wanted > 1:
+                    self._turns[path] = (turn, wanted - 1)
 
 
 def _identity(status: os.stat_result) -> _Identity:

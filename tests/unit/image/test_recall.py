@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,30 @@ def test_a_file_is_opened_once_for_all_that_come_at_once(tmp_path: Path, opened:
     kept = Recall()
     assert [kept.read(str(path), 100) for _ in range(5)] == [b"one"] * 5
     assert opened == [str(path)]
+
+
+def test_of_many_that_want_a_file_at_once_one_opens_it(tmp_path: Path, opened: list[str]) -> None:
+    """Also when that fails: then each learns of it by itself."""
+    path = tmp_path / "record"
+    path.write_bytes(b"one")
+    kept, start = Recall(), threading.Barrier(8)
+    seen: list[bytes] = []
+
+    def want() -> None:
+        start.wait()
+        seen.append(kept.read(str(path), 100))
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert seen == [b"one"] * 8 and len(opened) == 1
+    assert kept._turns == {}
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            kept.read(str(tmp_path / "nothing"), 100)
+    assert kept._turns == {}
 
 
 def test_what_this_node_changed_is_seen_at_once(tmp_path: Path) -> None:

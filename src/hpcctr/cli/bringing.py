@@ -31,7 +31,6 @@ from hpcctr.image import ociarchive
 from hpcctr.image import platform as platforms
 from hpcctr.image.archive import DockerArchive, LayoutSource, find_image, open_files, open_regular
 from hpcctr.image.compression import CHUNK, decompressed, is_compressed
-from hpcctr.image.progress import Progress
 from hpcctr.image.record import Platform
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.shelves import is_shared_name, owner_of
@@ -144,7 +143,7 @@ def _pull_here(ref: ImageRef, site: Site, platform: str, name: str, verify: bool
         platform=platforms.parse(platform) if platform else None,
         name=name or None,
         verify=verify,
-        progress=lambda progress: tell(progressed(progress)),
+        progress=lambda progress: tell(progress.said()),
     )
     record = result.image.record
     return Pulled(
@@ -154,12 +153,6 @@ def _pull_here(ref: ImageRef, site: Site, platform: str, name: str, verify: bool
         was_stored=result.was_stored,
         platform=str(record.platform),
     )
-
-
-def progressed(progress: Progress) -> Progressed:
-    """A progress report as a storekeeper says it."""
-    who, doing = (str(progress.waiting), progress.waiting.stage) if progress.waiting is not None else ("", "")
-    return Progressed(stage=progress.stage, done=progress.done, total=progress.total, who=who, doing=doing)
 
 
 def _by_storekeeper(ref: ImageRef, site: Site, platform: str, name: str, verify: bool, tell: Tell) -> Pulled | None:

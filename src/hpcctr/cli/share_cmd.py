@@ -83,7 +83,7 @@ def promote(
 
 def _row(said: Granted) -> dict[str, object]:
     kind, _, number = said.grantee.partition("-")
-    who = _user_name(int(number)) if kind == "uid" else _group_name(int(number))
+    who = shared_images.owner_name(int(number)) if kind == "uid" else _group_name(int(number))
     name = said.image if said.image.startswith("sha256:") else ImageRef.parse(said.image).familiar
     return {
         "name": name,
@@ -111,10 +111,6 @@ def _gid(name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except (KeyError, ValueError):
         raise UsageWrong(f"--group {name}: there is no such group", hint=f"getent group {name}") from None
-
-
-def _user_name(number: int) -> str:
-    return shared_images.owner_name(number)
 
 
 def _group_name(number: int) -> str:

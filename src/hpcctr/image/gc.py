@@ -86,12 +86,16 @@ def parts(path: str) -> Iterator[tuple[str, Store]]:
 
 def find_garbage(store: Store, *, image_days: float = IMAGE_DAYS, mark_days: float = MARK_DAYS) -> list[Garbage]:
     """What would be taken away. Raises :class:`StoreUnusable`."""
-    marked_after = file_servers_now(store) - mark_days * DAY
+    return _found(store, file_servers_now(store), image_days, mark_days)
+
+
+def _found(store: Store, now: float, image_days: float, mark_days: float) -> list[Garbage]:
+    marked_after = now - mark_days * DAY
     return [
-        *_unfinished(store, image_days),
-        *_leaving(store, marked_after),
+        *_unfinished(store, now, image_days),
+        *_leaving(store, now, marked_after),
         *_images(store, image_days, marked_after),
-        *_kept_blobs(store),
+        *_kept_blobs(store, now),
     ]
 
 
@@ -99,21 +103,21 @@ def collect(store: Store, *, image_days: float = IMAGE_DAYS, mark_days: float = 
     """Take it away, and return what went. Raises :class:`StoreUnusable`.
 
     Every image and piece of work leaves by one rename, so nobody finds half of it."""
-    _heal(store)
-    marked_after = file_servers_now(store) - mark_days * DAY
+    now = file_servers_now(store)
+    _heal(store, now)
     gone = []
-    for garbage in find_garbage(store, image_days=image_days, mark_days=mark_days):
+    for garbage in _found(store, now, image_days, mark_days):
         if garbage.kind in ("image", "damaged image"):
             is_gone = take_image(store, garbage.what, mark_days=mark_days)
         elif garbage.kind == "kept blob":
             continue  # as they are when the images have gone
         elif garbage.kind == "removed image":
-            is_gone = _take_closed(store, f"{store.path}/{garbage.what}", marked_after)
+            is_gone = _take_closed(store, f"{store.path}/{garbage.what}", now - mark_days * DAY)
         else:
             is_gone = _remove_work(store, garbage.what)
         if is_gone:
             gone.append(garbage)
-    return gone + _drop_kept_blobs(store)
+    return gone + _drop_kept_blobs(store, now)
 
 
 def take_image(
@@ -156,12 +160,11 @@ def _is_marked(directory: str, marked_after: float) -> bool:
         raise store_unusable(directory, error) from None
 
 
-def _kept_blobs(store: Store) -> Iterator[Garbage]:
+def _kept_blobs(store: Store, now: float) -> Iterator[Garbage]:
     """Blobs in the layout that no stored image needs."""
     kept = layout.directory_of(store.path)
     if not os.path.isdir(kept):
         return
-    now = file_servers_now(store)
     try:
         for path, status in layout.unreferenced(kept, set(store.digests())):
             # By when it came to its place: one of a pull that is just keeping it stays.
@@ -171,13 +174,13 @@ def _kept_blobs(store: Store) -> Iterator[Garbage]:
         raise store_unusable(kept, error) from None
 
 
-def _drop_kept_blobs(store: Store) -> list[Garbage]:
+def _drop_kept_blobs(store: Store, now: float) -> list[Garbage]:
     kept = layout.directory_of(store.path)
     gone = []
     try:
         if os.path.isdir(kept):
             layout.drop_entries(kept, set(store.digests()))
-        for garbage in _kept_blobs(store):
+        for garbage in _kept_blobs(store, now):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{store.path}/{garbage.what}")
                 gone.append(garbage)
@@ -186,9 +189,8 @@ def _drop_kept_blobs(store: Store) -> list[Garbage]:
     return gone
 
 
-def _heal(store: Store) -> None:
+def _heal(store: Store, now: float) -> None:
     """Open the gates that a gc closed and did not open again when it was killed, of images with a name."""
-    now = file_servers_now(store)
     for digest in _named(store):
         directory = store.image_directory(digest)
         with contextlib.suppress(OSError):
@@ -196,10 +198,9 @@ def _heal(store: Store) -> None:
                 open_gate_again(directory)
 
 
-def _leaving(store: Store, marked_after: float) -> Iterator[Garbage]:
+def _leaving(store: Store, now: float, marked_after: float) -> Iterator[Garbage]:
     """What was removed while a node used it, once none does."""
     top = f"{store.path}/{LEAVING}"
-    now = file_servers_now(store)
     try:
         entries = sorted(os.listdir(top))
     except FileNotFoundError:
@@ -217,16 +218,16 @@ def _leaving(store: Store, marked_after: float) -> Iterator[Garbage]:
 def drop_unfinished(store: Store, *, after: float = 7 * DAY) -> None:
     """Take abandoned work away, and images that were removed and that no node uses any more, as far as possible."""
     with contextlib.suppress(OSError, StoreUnusable):
-        for garbage in _unfinished(store, after / DAY, longest=after):
+        now = file_servers_now(store)
+        for garbage in _unfinished(store, now, after / DAY, longest=after):
             _remove_work(store, garbage.what)
-        marked_after = file_servers_now(store) - MARK_DAYS * DAY
-        for garbage in _leaving(store, marked_after):
+        marked_after = now - MARK_DAYS * DAY
+        for garbage in _leaving(store, now, marked_after):
             _take_closed(store, f"{store.path}/{garbage.what}", marked_after)
 
 
-def _unfinished(store: Store, days: float, *, longest: float = UNFINISHED_AFTER) -> Iterator[Garbage]:
+def _unfinished(store: Store, now: float, days: float, *, longest: float = UNFINISHED_AFTER) -> Iterator[Garbage]:
     limit = max(LEAST_SECONDS, min(days * DAY, longest))
-    now = file_servers_now(store)
     for name, kind in _WORK:
         top = f"{store.path}/{name}"
         try:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import msgspec
 
 from hpcctr.image.compression import CHUNK
+from hpcctr.image.publish import write_flushed
 from hpcctr.image.source import MANIFEST_TYPES, BlobSource, Descriptor, SourceImage, fetch_document, parse
 from hpcctr.image.stale import looked_up_again
 from hpcctr.image.verification import Verification
@@ -173,13 +174,8 @@ def _read(path: str) -> bytes:
 
 def _write(layout: str, name: str, content: bytes) -> None:
     temporary = f"{layout}/.new-{secrets.token_hex(8)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
+        write_flushed(temporary, content)
         os.replace(temporary, f"{layout}/{name}")
     except BaseException:
         with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from hpcctr.errand import Progressed
 from hpcctr.image.claims import Watch
 
 #: Seconds between two reports.
@@ -40,6 +41,11 @@ class Progress:
     done: int
     total: int
     waiting: Waiting | None = None
+
+    def said(self) -> Progressed:
+        """The same as a storekeeper says it."""
+        who, doing = (str(self.waiting), self.waiting.stage) if self.waiting is not None else ("", "")
+        return Progressed(stage=self.stage, done=self.done, total=self.total, who=who, doing=doing)
 
 
 class ProgressReport:

@@ -17,11 +17,10 @@ import msgspec
 from hpcctr.errors import ImageBroken, NameTaken, UsageWrong
 from hpcctr.image.imagefile import open_image_file, store_unusable
 from hpcctr.image.platform import of_this_node
-from hpcctr.image.publish import is_intact, publish, set_name, workspace
+from hpcctr.image.publish import is_intact, is_kept, publish, set_name, workspace
 from hpcctr.image.record import Platform, StoredImage
 from hpcctr.image.reference import LOCAL_REGISTRY, ImageRef
 from hpcctr.image.store import IMAGE_FILE, Store
-from hpcctr.image.uses import is_renewed
 
 #: What link(2) says where a filesystem has no links, or not between these two directories.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
@@ -55,22 +54,13 @@ def promote(
             f"{named.familiar} means {means.digest[:19]} of {means.source or 'the site'} already",
             hint="another name: --as NAME; or --replace, which keeps the older meaning in its history",
         )
-    if not (store.is_whole(record.digest) and _is_kept(store, record.digest)):
+    if not (store.is_whole(record.digest) and is_kept(store, record.digest)):
         with workspace(store) as directory:
             file = f"{directory}/{IMAGE_FILE}"
             _bring(part, image, file)
             publish(store, record, file)
     set_name(store, named, record.platform, record.digest, record.source)
     return store.image(record.digest, name=str(named))
-
-
-def _is_kept(store: Store, digest: str) -> bool:
-    """Whether an image that the site has already stays until it has its name; not when it is just being removed."""
-    directory = store.image_directory(digest)
-    try:
-        return is_renewed(directory)
-    except OSError as error:
-        raise store_unusable(directory, error) from None
 
 
 def _named(image: StoredImage, as_name: str | None) -> ImageRef:

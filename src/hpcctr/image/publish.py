@@ -24,7 +24,7 @@ from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, St
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
 from hpcctr.image.stale import looked_up_again
 from hpcctr.image.store import IMAGE_FILE, RECORD_FILE, SCHEMA, Store
-from hpcctr.image.uses import LEAVING, close_gate, has_gate, make_gate, marks
+from hpcctr.image.uses import LEAVING, close_gate, has_gate, is_renewed, make_gate, marks
 
 _READABLE = 0o755
 #: Meanings of a name that are remembered.
@@ -78,12 +78,12 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         os.mkdir(made, 0o700)
         os.rename(image_file, f"{made}/{IMAGE_FILE}")
         os.chmod(f"{made}/{IMAGE_FILE}", 0o644)
-        _flush(f"{made}/{IMAGE_FILE}")
+        flush(f"{made}/{IMAGE_FILE}")
         record = msgspec.structs.replace(record, verity=verity.enable(f"{made}/{IMAGE_FILE}"))
-        _write(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
+        write_flushed(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
         make_gate(made)
         os.chmod(made, _READABLE)
-        _flush(made)
+        flush(made)
         if not store.is_whole(record.digest):
             # Something damaged is in its place, or something that is being removed, or nothing.
             remove_image(store, record.digest)
@@ -92,7 +92,7 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-        _flush(os.path.dirname(target))
+        flush(os.path.dirname(target))
     except OSError as error:
         raise store_unusable(error.filename or target, error) from None
     return store.image(record.digest)
@@ -120,6 +120,18 @@ def require_intact(image: StoredImage) -> None:
         )
 
 
+def is_kept(store: Store, digest: str) -> bool:
+    """Whether an image that is there stays for as long as it takes to name it; False when it is just being removed.
+
+    Raises :class:`StoreUnusable`.
+    """
+    directory = store.image_directory(digest)
+    try:
+        return is_renewed(directory)
+    except OSError as error:
+        raise store_unusable(directory, error) from None
+
+
 def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, source: str = "") -> None:
     """Let ``named`` mean ``digest`` from now on. A name that means it already, from the same source, keeps its
     record."""
@@ -133,13 +145,13 @@ def set_name(store: Store, named: ImageRef, platform: Platform, digest: str, sou
     record = NameRecord(schema=SCHEMA, name=str(named), history=history)
     try:
         looked_up_again(lambda: _make_directories(store.path, os.path.dirname(path)))
-        _write(temporary, msgspec.json.format(msgspec.json.encode(record), indent=1))
+        write_flushed(temporary, msgspec.json.format(msgspec.json.encode(record), indent=1))
         try:
             os.rename(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
-        _flush(os.path.dirname(path))
+        flush(os.path.dirname(path))
     except OSError as error:
         raise store_unusable(error.filename or path, error) from None
 
@@ -244,7 +256,7 @@ def remove_closed_image(store: Store, directory: str) -> int | None:
     going = temporary_path(store, "gone")
     try:
         os.rename(directory, going)
-        _flush(os.path.dirname(directory))
+        flush(os.path.dirname(directory))
         if has_gate(going):
             # Another one of the digest, published since the gate was closed.
             _put_back(store, going, directory)
@@ -276,8 +288,8 @@ def _set_aside(store: Store, directory: str, name: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(aside, 0o700)
     os.rename(directory, f"{aside}/{name.replace(':', '-')}-{secrets.token_hex(8)}")
-    _flush(os.path.dirname(directory))
-    _flush(aside)
+    flush(os.path.dirname(directory))
+    flush(aside)
 
 
 def temporary_path(store: Store, what: str) -> str:
@@ -296,19 +308,21 @@ def _make_directories(top: str, directory: str, mode: int = 0o755) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, mode)
             os.chmod(path, mode if path == directory else 0o755)
-        _flush(os.path.dirname(path))
+        flush(os.path.dirname(path))
 
 
-def _write(path: str, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+def write_flushed(path: str, content: bytes, mode: int = 0o644) -> None:
+    """A new file, whatever the umask. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     with open(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        os.fchmod(descriptor, 0o644)
+        os.fchmod(descriptor, mode)
         os.fsync(descriptor)
 
 
-def _flush(path: str) -> None:
+def flush(path: str) -> None:
+    """What is in a file or directory, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -24,17 +24,15 @@ from hpcctr.image.archive import find_image, open_files
 from hpcctr.image.conversion import FILE_SIZE_MAX, OpenBlob, convert
 from hpcctr.image.convert import ImageFile, find_tool
 from hpcctr.image.gc import drop_unfinished
-from hpcctr.image.imagefile import store_unusable
 from hpcctr.image.platform import acceptable, of_this_node
 from hpcctr.image.progress import Progress as Progress
 from hpcctr.image.progress import ProgressReport
-from hpcctr.image.publish import is_intact, now, publish, remove_image, set_name, workspace
+from hpcctr.image.publish import is_intact, is_kept, now, publish, remove_image, set_name, workspace
 from hpcctr.image.record import ImageRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.source import SourceImage
 from hpcctr.image.store import IMAGE_FILE, SCHEMA, Store, source_text
 from hpcctr.image.treestream import MergeFacts
-from hpcctr.image.uses import is_renewed
 from hpcctr.site import Site
 
 
@@ -79,7 +77,7 @@ def pull(
     with _ended_orderly(), _opened(ref, site, store, wanted) as opened:
         damaged = _damaged_file(store, opened.digest) if verify else None
         work = _Work(opened, store, named, origin, damaged, room, worker, progress)
-        was_stored, brought_here = work.is_done(False) and work.is_kept(), False
+        was_stored, brought_here = work.is_done(False) and is_kept(store, opened.digest), False
         if not was_stored:
             find_tool()
             brought_here = claims.once(
@@ -142,14 +140,6 @@ class _Work:
             with contextlib.suppress(OSError):
                 os.listdir(f"{self._store.path}/images")
         return self._store.is_whole(self._source.digest) and not self._is_damaged()
-
-    def is_kept(self) -> bool:
-        """Whether the image stays for as long as it takes to name it; False when it is just being removed."""
-        directory = self._store.image_directory(self._source.digest)
-        try:
-            return is_renewed(directory)
-        except OSError as error:
-            raise store_unusable(directory, error) from None
 
     def bring(self, claim: claims.Claim) -> None:
         """Download, convert, publish."""

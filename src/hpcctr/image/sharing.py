@@ -18,7 +18,7 @@ import msgspec
 
 from hpcctr.errors import ImageNotInStore, StoreUnusable
 from hpcctr.image.imagefile import store_unusable
-from hpcctr.image.publish import now, temporary_path
+from hpcctr.image.publish import flush, now, temporary_path, write_flushed
 from hpcctr.image.reference import ImageRef, is_digest, is_digest_or_prefix
 from hpcctr.image.shares import DIRECTORY, INDEX, Grantee, Share, directory_of, every
 from hpcctr.image.store import SCHEMA, Store
@@ -142,17 +142,13 @@ def _since(part: Store, image: str) -> str:
 def _put(part: Store, path: str, content: bytes) -> None:
     temporary = temporary_path(part, "share")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
+        write_flushed(temporary, content, 0o600)
         try:
             _in_directory(os.path.dirname(path), lambda: os.rename(temporary, path))
         except BaseException:
             os.unlink(temporary)
             raise
-        _flush(os.path.dirname(path))
+        flush(os.path.dirname(path))
     except OSError as error:
         raise store_unusable(error.filename or path, error) from None
 
@@ -166,7 +162,7 @@ def _mention(store: str, grantee: Grantee, owner: int) -> None:
 
     try:
         _in_directory(os.path.dirname(path), touch)
-        _flush(os.path.dirname(path))
+        flush(os.path.dirname(path))
     except OSError as error:
         raise store_unusable(error.filename or path, error) from None
 
@@ -192,7 +188,7 @@ def _make(directory: str) -> None:
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        _flush(os.path.dirname(path))
+        flush(os.path.dirname(path))
 
 
 def _remove(part: Store, path: str) -> None:
@@ -202,7 +198,7 @@ def _remove(part: Store, path: str) -> None:
             os.unlink(path)
         directory = os.path.dirname(path)
         with contextlib.suppress(FileNotFoundError):
-            _flush(directory)
+            flush(directory)
         while directory != top:
             with contextlib.suppress(FileNotFoundError):
                 os.rmdir(directory)
@@ -210,11 +206,3 @@ def _remove(part: Store, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise store_unusable(path, error) from None
-
-
-def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,12 +18,11 @@ from types import FrameType
 
 import msgspec
 
-from hpcctr.errand import Ended, Failed, Listed, Progressed, Pulled, Quota, Removed, Said
+from hpcctr.errand import Ended, Failed, Listed, Pulled, Quota, Removed, Said
 from hpcctr.errors import HpcctrError, ImageNotInStore, NotAnImage, StoreUnusable
 from hpcctr.image import platform as platforms
 from hpcctr.image.compression import is_compressed
 from hpcctr.image.imagefile import store_unusable
-from hpcctr.image.progress import Progress
 from hpcctr.image.publish import remove, require_intact, workspace
 from hpcctr.image.quota import bytes_of
 from hpcctr.image.record import Platform
@@ -134,10 +133,6 @@ def _pull(
     # The registry client behind this costs half a second of imports: only a pull pays for it.
     from hpcctr.image.pull import pull
 
-    def tell(progress: Progress) -> None:
-        who, doing = (str(progress.waiting), progress.waiting.stage) if progress.waiting is not None else ("", "")
-        _say(peer, Progressed(stage=progress.stage, done=progress.done, total=progress.total, who=who, doing=doing))
-
     result = pull(
         ref,
         site=site,
@@ -146,7 +141,7 @@ def _pull(
         source=origin,
         room=room,
         verify=bool(job.errand.verify),
-        progress=tell,
+        progress=lambda progress: _say(peer, progress.said()),
         worker=converter,
     )
     record = result.image.record

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.leftovers import Leftovers, require_nothing_new
-from tests.support.node import Node
+from tests.support.node import Node, node
+from tests.support.registry import Registry
+from tests.support.scratch import scratch
 from tests.support.users import User
+
+OWNER = 61900
+"""The service account of stores: a number is all it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +104,35 @@ def own_node_with_busybox(own_node: Node, alice: User, busybox_image: str) -> Pr
     """A node for one test, with the tiny image in its store and an ordinary user."""
     own_node.pull(busybox_image)
     return Profile(name="gateway-user", node=own_node, user=alice, image=busybox_image)
+
+
+@pytest.fixture
+def registry(place: Path) -> Iterator[Registry]:
+    with Registry.start(place / "registry") as started:
+        yield started
+
+
+@pytest.fixture
+def desk(place: Path, alice: User) -> Path:
+    """A directory that nobody but alice can enter, root aside."""
+    directory = place / "desk"
+    directory.mkdir(mode=0o700)
+    os.chown(directory, alice.uid, alice.gid)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def node_of_all() -> Iterator[Node]:
+    """One node for the tests of a file."""
+    with scratch("node-of-all") as directory, node(directory) as started:
+        yield started
+
+
+@pytest.fixture
+def shop(node_of_all: Node) -> Node:
+    """A node whose store is empty and belongs to a service account."""
+    store = node_of_all.site.store
+    for path in store.iterdir():
+        shutil.rmtree(path)
+    os.chown(store, OWNER, OWNER)
+    return node_of_all

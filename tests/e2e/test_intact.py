@@ -31,12 +31,6 @@ def strict() -> Iterator[Node]:
         yield started
 
 
-@pytest.fixture
-def registry(place: Path) -> Iterator[Registry]:
-    with Registry.start(place / "registry") as started:
-        yield started
-
-
 def _file(on: Node, part: str = "") -> Path:
     (path,) = (on.site.store / part / "images").glob("*/root.squashfs")
     return path

@@ -33,12 +33,6 @@ def keeping() -> Iterator[Node]:
         yield started
 
 
-@pytest.fixture
-def registry(place: Path) -> Iterator[Registry]:
-    with Registry.start(place / "registry") as started:
-        yield started
-
-
 def _fetched(registry: Registry, repository: str) -> dict[str, int]:
     """How often each of its blobs was asked for."""
     return registry.requests(f"/v2/{repository}/blobs/")

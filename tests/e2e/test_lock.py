@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.node import Node, node
+from tests.support.node import Node
 from tests.support.oci import busybox, file, tar, write_oci_archive
 from tests.support.registry import Registry
-from tests.support.scratch import scratch
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
-
-OWNER = 61903
-
-
-@pytest.fixture
-def registry(place: Path) -> Iterator[Registry]:
-    with Registry.start(place / "registry") as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def node_of_all() -> Iterator[Node]:
-    with scratch("lock") as directory, node(directory) as started:
-        yield started
-
-
-@pytest.fixture
-def shop(node_of_all: Node) -> Node:
-    """A node whose store is empty and belongs to a service account."""
-    store = node_of_all.site.store
-    for path in store.iterdir():
-        shutil.rmtree(path)
-    os.chown(store, OWNER, OWNER)
-    return node_of_all
-
-
-@pytest.fixture
-def desk(place: Path, alice: User) -> Path:
-    directory = place / "desk"
-    directory.mkdir(mode=0o700)
-    os.chown(directory, alice.uid, alice.gid)
-    return directory
 
 
 def _edition(text: bytes) -> bytes:

@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.node import Node, node
+from tests.support.node import Node
 from tests.support.oci import busybox, file, tar, write_oci_archive
 from tests.support.polling import wait_until
 from tests.support.registry import Registry
-from tests.support.scratch import scratch
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
-OWNER = 61904
 RANKS = 8
-
-
-@pytest.fixture
-def registry(place: Path) -> Iterator[Registry]:
-    with Registry.start(place / "registry") as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def node_of_all() -> Iterator[Node]:
-    with scratch("history") as directory, node(directory) as started:
-        yield started
-
-
-@pytest.fixture
-def shop(node_of_all: Node) -> Node:
-    """A node whose store is empty and belongs to a service account."""
-    store = node_of_all.site.store
-    for path in store.iterdir():
-        shutil.rmtree(path)
-    os.chown(store, OWNER, OWNER)
-    return node_of_all
 
 
 def _push(registry: Registry, edition: str) -> None:

@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e.conftest import OWNER
 from tests.support.engine import HPCCTR
-from tests.support.node import Node, node
+from tests.support.node import Node
 from tests.support.oci import busybox, file, tar, write_oci_archive
-from tests.support.scratch import scratch
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
 
-OWNER = 61902
 NAME = "localhost/app:1"
-
-
-@pytest.fixture(scope="module")
-def node_of_all() -> Iterator[Node]:
-    with scratch("sharing") as directory, node(directory) as started:
-        yield started
-
-
-@pytest.fixture
-def shop(node_of_all: Node) -> Node:
-    """A node whose store is empty and belongs to a service account."""
-    store = node_of_all.site.store
-    for path in store.iterdir():
-        shutil.rmtree(path)
-    os.chown(store, OWNER, OWNER)
-    return node_of_all
-
-
-@pytest.fixture
-def desk(place: Path, alice: User) -> Path:
-    """A directory that nobody but alice can enter, root aside."""
-    directory = place / "desk"
-    directory.mkdir(mode=0o700)
-    os.chown(directory, alice.uid, alice.gid)
-    return directory
 
 
 def _bring(shop: Node, alice: User, desk: Path, edition: bytes, name: str = NAME) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import OWNER
 from tests.support.engine import HPCCTR
 from tests.support.node import Node
 from tests.support.oci import busybox, file, tar, write_docker_archive, write_layout, write_oci_archive
@@ -20,15 +21,6 @@ from tests.support.registry import Registry
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
-
-OWNER = 61900
-"""The service account: a number is all it needs."""
-
-
-@pytest.fixture
-def registry(place: Path) -> Iterator[Registry]:
-    with Registry.start(place / "registry") as started:
-        yield started
 
 
 @pytest.fixture
@@ -43,15 +35,6 @@ def shop(own_node: Node) -> Node:
     """A node whose store belongs to the service account."""
     os.chown(own_node.site.store, OWNER, OWNER)
     return own_node
-
-
-@pytest.fixture
-def desk(place: Path, alice: User) -> Path:
-    """A directory that nobody but alice can enter, root aside."""
-    directory = place / "desk"
-    directory.mkdir(mode=0o700)
-    os.chown(directory, alice.uid, alice.gid)
-    return directory
 
 
 def _owners(node: Node) -> set[tuple[int, int]]:

@@ -13,6 +13,7 @@ _Static_assert(CAP_SYS_ADMIN < 32 && CAP_SYS_CHROOT < 32, "both lie in the first
 /* The host's /proc, opened before going in: inside, a path called /proc proves nothing. */
 static int proc_fd;
 
+/* What the call leaves as it was must be what ends the launch: a filter may answer without carrying it out. */
 static void read_capabilities(struct __user_cap_data_struct sets[2])
 {
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
@@ -43,24 +44,29 @@ static void lower(void)
     set_capabilities(ADMIN | CHROOT, 0);
 }
 
+static bool are_equal_ids(long call)
+{
+    uint32_t real = 0;
+    uint32_t effective = 1;
+    uint32_t saved = 2;
+    long error = sys3(call, POINTER(&real), POINTER(&effective), POINTER(&saved));
+
+    return error == 0 && real == effective && real == saved;
+}
+
 static void require_equal_ids(void)
 {
     static const char hint[] = "start hpcctr without setuid or setgid programs around it";
-    uint32_t real = 0;
-    uint32_t effective = 1;
-    uint32_t saved = 1;
-    long error = sys3(__NR_getresuid, POINTER(&real), POINTER(&effective), POINTER(&saved));
 
-    if (error < 0 || real != effective || real != saved)
+    if (!are_equal_ids(__NR_getresuid))
         die(REFUSED, "caller-refused", "user ids", "real, effective and saved user id differ", hint);
-    error = sys3(__NR_getresgid, POINTER(&real), POINTER(&effective), POINTER(&saved));
-    if (error < 0 || real != effective || real != saved)
+    if (!are_equal_ids(__NR_getresgid))
         die(REFUSED, "caller-refused", "group ids", "real, effective and saved group id differ", hint);
 }
 
 static void require_filesystem(int fd, const char *path, long magic)
 {
-    struct statfs filesystem;
+    struct statfs filesystem = {0};
     long error = sys2(__NR_fstatfs, fd, POINTER(&filesystem));
 
     if (error < 0)
@@ -82,10 +88,11 @@ static void open_proc(void)
 /* In a user namespace the kernel gives file capabilities that hold there only, and uid 0 may be the caller. */
 static void require_initial_user_namespace(void)
 {
-    struct statx status;
+    struct statx status = {0};
     long error = sys5(__NR_statx, proc_fd, POINTER("self/ns/user"), 0, STATX_INO, POINTER(&status));
 
-    if (error == -ENOENT) /* a kernel without user namespaces */
+    /* A kernel without user namespaces has one less there; a /proc of processes this one is not among has no self. */
+    if (error == -ENOENT && sys5(__NR_statx, proc_fd, POINTER("self/ns/mnt"), 0, STATX_INO, POINTER(&status)) == 0)
         return;
     if (error < 0)
         die_of(FAILED, "view", "/proc/self/ns/user", error, ASK_DOCTOR);
@@ -137,21 +144,21 @@ _Noreturn static void die_without_capabilities(void)
 
 static void keep_two_capabilities(void)
 {
-    struct __user_cap_data_struct sets[2];
+    struct __user_cap_data_struct sets[2] = {{0}};
 
     read_capabilities(sets);
     if ((sets[0].permitted & (ADMIN | CHROOT)) != (ADMIN | CHROOT))
         die_without_capabilities();
     lower();
     /* With fs.suid_dumpable=1 a program with file capabilities is open to inspection. execve sets this back. */
-    if (sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
+    if (sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0) < 0 || sys5(__NR_prctl, PR_GET_DUMPABLE, 0, 0, 0, 0) != 0)
         die(FAILED, "enter-unusable", "PR_SET_DUMPABLE", "the kernel refuses it", ASK_DOCTOR);
 }
 
 /* Checked, not assumed: a seccomp filter can answer a call without carrying it out. */
 static void give_up_privileges(void)
 {
-    struct __user_cap_data_struct sets[2];
+    struct __user_cap_data_struct sets[2] = {{~0U, ~0U, ~0U}, {~0U, ~0U, ~0U}};
 
     set_capabilities(0, 0);
     if (sys5(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||

@@ -66,7 +66,7 @@ static void require_engine_socket(void)
         !is_engine_behind_socket())
         die(REFUSED, "caller-refused", "SOCK", "not a connection to the engine at " HPCCTR_ENGINE_SOCKET,
             "hpcctr run starts hpcctr-enter; nothing else has to");
-    if (sys3(__NR_fcntl, plan.socket, F_SETFD, FD_CLOEXEC) < 0)
+    if (sys3(__NR_fcntl, plan.socket, F_SETFD, FD_CLOEXEC) < 0 || sys2(__NR_fcntl, plan.socket, F_GETFD) != FD_CLOEXEC)
         die(FAILED, "protocol", "SOCK", "cannot be closed on exec", ASK_DOCTOR);
 }
 
@@ -151,7 +151,7 @@ static void open_sources(void)
     for (mount = plan.mounts; mount < plan.mounts_end; mount++) {
         fd = sys4(__NR_openat, AT_FDCWD, POINTER(mount->source), O_PATH | O_CLOEXEC, 0);
         if (fd < 0)
-            die_of(FAILED, "mount-source", mount->source, fd, "ls -ld PATH, or do not carry it in");
+            die_of(FAILED, "mount-source", mount->source, fd, "carry in something else, or see: ls -ld ");
         mount->source_fd = (int)fd;
         if (equal(mount->target, "/proc"))
             require_filesystem(mount->source_fd, "/proc", PROC_SUPER_MAGIC);
@@ -183,7 +183,7 @@ static void clone_sources(void)
             error = set_attributes((int)fd, mount->attributes, MS_SLAVE);
         lower();
         if (fd < 0)
-            die_of(FAILED, "mount-source", mount->source, fd, "findmnt -o TARGET,PROPAGATION -T PATH");
+            die_of(FAILED, "mount-source", mount->source, fd, "findmnt -o TARGET,PROPAGATION -T ");
         if (error < 0)
             die_of(FAILED, "mount-source", mount->source, error, ASK_DOCTOR);
         mount->tree_fd = (int)fd;
@@ -242,7 +242,7 @@ static struct mount root;
 
 static uint64_t mount_id(int fd, const char *path)
 {
-    struct statx status;
+    struct statx status = {0};
     long error = sys5(__NR_statx, fd, POINTER(""), AT_EMPTY_PATH | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC, STATX_MNT_ID,
                       POINTER(&status));
 
@@ -253,11 +253,13 @@ static uint64_t mount_id(int fd, const char *path)
 
 static uint64_t inode_of(int fd, const char *path)
 {
-    struct statx status;
+    struct statx status = {0};
     long error = sys5(__NR_statx, fd, POINTER(path), AT_EMPTY_PATH, STATX_INO, POINTER(&status));
 
     if (error < 0)
         die_of(FAILED, "view", "mount namespace", error, ASK_DOCTOR);
+    if ((status.stx_mask & STATX_INO) == 0)
+        die(FAILED, "view", "mount namespace", "the kernel does not tell which one this is", ASK_DOCTOR);
     return status.stx_ino;
 }
 
@@ -342,7 +344,7 @@ static void attach_sources(void)
                      MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
         lower();
         if (error == -ENOENT)
-            die(FAILED, "mount-source", mount->source, "it vanished while the launch went on", "ls -ld PATH");
+            die(FAILED, "mount-source", mount->source, "it vanished while the launch went on", "ls -ld ");
         if (error == -EPERM) /* the capability is there: security/landlock/fs.c, hook_move_mount */
             die(REFUSED, "caller-refused", mount->target,
                 "a Landlock domain or a seccomp filter of the calling process forbids mounts",
@@ -401,8 +403,11 @@ static void read_back_view(void)
  * is put back first of all: until then the death of the parent goes unnoticed. */
 static void restore_parent_death_signal(void)
 {
-    if (sys5(__NR_prctl, PR_SET_PDEATHSIG, plan.pdeathsig, 0, 0, 0) < 0)
-        die_plan("PDEATHSIG", "not a signal");
+    int signal = -1;
+
+    if (sys5(__NR_prctl, PR_SET_PDEATHSIG, plan.pdeathsig, 0, 0, 0) < 0 ||
+        sys5(__NR_prctl, PR_GET_PDEATHSIG, POINTER(&signal), 0, 0, 0) < 0 || signal != plan.pdeathsig)
+        die_plan("PDEATHSIG", "the kernel refuses it");
 }
 
 static void restore_personality(void)

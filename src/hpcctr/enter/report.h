@@ -4,6 +4,8 @@
  *   hpcctr: error[SLUG]: WHAT: REASON
  *   hint: WHAT TO DO
  *
+ * A hint that ends in a blank goes on with WHAT, a path.
+ *
  * Slugs and statuses are those of src/hpcctr/errors.py.
  */
 #ifndef HPCCTR_ENTER_REPORT_H
@@ -19,12 +21,12 @@ enum { FAILED = 125, REFUSED = 126, NOT_FOUND = 127 };
 static bool may_write_errors;
 
 static struct {
-    char text[2 * PATH_MAX];
+    char text[3 * PATH_MAX];
     size_t length;
 } report;
 
-/* For reason and hint, whatever the length of what they are about. */
-#define REPORT_RESERVE 1024
+/* For reason and hint, with the path it may name, whatever the length of what they are about. */
+#define REPORT_RESERVE (PATH_MAX + 1024)
 
 static void append(char c)
 {
@@ -32,22 +34,56 @@ static void append(char c)
         report.text[report.length++] = c;
 }
 
+/* Whether a terminal may take the byte for a control character: one of ASCII, or of 0x80 to 0x9f, unless it continues a
+ * character of UTF-8 that is none of these itself (they begin with 0xc2). */
+static bool is_control(unsigned char previous, unsigned char byte)
+{
+    return byte < 0x20 || byte == 0x7f || (byte >= 0x80 && byte < 0xa0 && (previous < 0x80 || previous == 0xc2));
+}
+
+static void say_part(const char *text, size_t length)
+{
+    unsigned char previous = '\0';
+    unsigned char byte;
+
+    for (; length > 0; length--, text++) {
+        byte = (unsigned char)*text;
+        append(is_control(previous, byte) ? '?' : *text);
+        previous = is_control(previous, byte) ? '?' : byte;
+    }
+}
+
+/* Paths go to a terminal; control characters in them must not. */
 static void say(const char *text)
 {
-    /* Paths go to a terminal; control characters in them must not. */
-    for (; *text != '\0'; text++)
-        append(((unsigned char)*text < 0x20 || *text == 0x7f) ? '?' : *text);
+    say_part(text, length_of(text));
+}
+
+static void say_hint(const char *hint, const char *path)
+{
+    const size_t length = length_of(hint);
+    size_t path_length = length_of(path);
+
+    say(hint);
+    if (length == 0 || hint[length - 1] != ' ')
+        return;
+    /* A directory is written as it was opened, "/path/.". */
+    if (path_length > 2 && path[path_length - 2] == '/' && path[path_length - 1] == '.')
+        path_length -= 2;
+    say_part(path, path_length < PATH_MAX ? path_length : PATH_MAX);
 }
 
 static void write_out(const char *text, size_t length)
 {
-    /* The kernel's struct sigaction with SIG_IGN: a closed pipe at 2 must not turn the exit status into a signal. */
+    /* The kernel's struct sigaction with SIG_IGN: a closed pipe at 2, or a file there that may not grow any more, must
+     * not turn the exit status into a signal. */
     static const uintptr_t ignore[4] = {1, 0, 0, 0};
     long written;
 
     if (!may_write_errors)
         return;
     sys4(__NR_rt_sigaction, SIGPIPE, POINTER(ignore), 0, 8);
+    sys4(__NR_rt_sigaction, SIGXFSZ, POINTER(ignore), 0, 8);
     while (length > 0) {
         written = sys3(__NR_write, 2, POINTER(text), (long)length);
         if (written == -EINTR)
@@ -71,7 +107,7 @@ _Noreturn static void die(int status, const char *slug, const char *what, const 
     say(reason);
     append('\n');
     say("hint: ");
-    say(hint);
+    say_hint(hint, what);
     append('\n');
     write_out(report.text, report.length);
     leave(status);

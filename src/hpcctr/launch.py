@@ -9,6 +9,7 @@ from hpcctr.host import edits
 from hpcctr.image import shelves
 from hpcctr.image.record import Platform
 from hpcctr.policy import account
+from hpcctr.policy.aliases import other_names
 from hpcctr.policy.decide import decide
 from hpcctr.policy.grant import Grant
 from hpcctr.policy.load import load
@@ -19,33 +20,39 @@ from hpcctr.site import Site
 def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
     """Image, host features and policy: a grant, or the error that says why not."""
     rules = load(site.policy_directory)
+    image = shelves.find(
+        site.store,
+        caller.uid,
+        request.image,
+        Platform(os="linux", architecture=machine()),
+        gids=(caller.gid, *caller.groups),
+        as_of=request.as_of,
+    )
     return decide(
         rules,
         caller=caller,
         user_names=account.names_for(rules, caller),
-        image=shelves.find(
-            site.store,
-            caller.uid,
-            request.image,
-            Platform(os="linux", architecture=machine()),
-            gids=(caller.gid, *caller.groups),
-            as_of=request.as_of,
-        ),
+        image=image,
+        other_names=other_names(rules, site.store, image),
         edits=edits.of_site(site),
         targets=request.targets_with(site.carry),
+        # What the site adds, nobody has to be allowed.
+        asked_targets=request.targets,
     )
 
 
 def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Grant:
     """The same for a process that goes where another of its user's is: policy decides again, nothing is built."""
     rules = load(site.policy_directory)
+    image = shelves.image_known_as(
+        site.store, caller.uid, view.place.image_digest, request.image, gids=(caller.gid, *caller.groups)
+    )
     return decide(
         rules,
         caller=caller,
         user_names=account.names_for(rules, caller),
-        image=shelves.image_known_as(
-            site.store, caller.uid, view.place.image_digest, request.image, gids=(caller.gid, *caller.groups)
-        ),
+        image=image,
+        other_names=other_names(rules, site.store, image),
         edits=edits.of_site(site),
         targets=(),
     )

@@ -56,6 +56,17 @@ def uid_of(user: str, *, asked_by: int) -> int | None:
     return None
 
 
+def gid_of(group: str, *, asked_by: int) -> int | None:
+    """The number of a group, which may be named by it; None when there is no such group. Raises
+    :class:`DeadlinePassed`.
+    """
+    if group.isascii() and group.isdigit():
+        return int(group) if len(group) <= 10 else None
+    with contextlib.suppress(KeyError):
+        return with_deadline(lambda: grp.getgrnam(group), uid=asked_by).gr_gid
+    return None
+
+
 def with_deadline(look_up: Callable[[], Found], *, uid: int) -> Found:
     """The answer of NSS about ``uid``. Raises :class:`DeadlinePassed`.
 

@@ -42,6 +42,13 @@ def test_a_user_is_found_by_name_or_number() -> None:
         assert account.uid_of(nobody, asked_by=1) is None
 
 
+def test_a_group_is_found_by_name_or_number() -> None:
+    assert account.gid_of("root", asked_by=1) == 0
+    assert account.gid_of("4711", asked_by=1) == 4711
+    for nothing in ("no-such-group", "9" * 11, "", "-1"):
+        assert account.gid_of(nothing, asked_by=1) is None
+
+
 def test_nobody_is_looked_up_when_no_rule_asks() -> None:
     assert names_for((Rule(name="all", action="allow"),), a_caller(uid=0)) == frozenset()
 

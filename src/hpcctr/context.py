@@ -133,7 +133,8 @@ class Caller:
 
 def read_status(pid: int) -> dict[str, str]:
     """/proc/PID/status by name (proc(5)). Raises OSError when there is no such process."""
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+    # Lines end with "\n" alone: a process may have a carriage return in its name, and the kernel shows it as it is.
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace", newline="\n") as file:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
@@ -155,10 +156,12 @@ def _peer_groups(peer: socket.socket, pid: int) -> tuple[int, ...]:
 def _peer_pidfd(peer: socket.socket, pid: int) -> int:
     try:
         return peer.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
-        # Before Linux 6.5, or the peer has been reaped. A pidfd of the number may be somebody else's by then; what
-        # makes it safe is that every fact is read while it is held and compared with the socket's credentials.
-        pass
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            # The peer has been reaped: its number may be somebody else's by now.
+            raise CallerRefused(f"pid {pid} has ended") from None
+    # Before Linux 6.5. A pidfd of the number may be somebody else's; what makes it safe is that every fact is read
+    # while it is held and compared with the socket's credentials.
     try:
         return os.pidfd_open(pid)
     except OSError:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import hpcctr
+from hpcctr.storekeeper.job import Place
+from tests.support.job_cgroup import job_cgroup
 from tests.support.node import Node, node
 from tests.support.polling import wait_until
 from tests.support.processes import Process, processes
@@ -289,3 +291,18 @@ def test_a_caller_that_dies_while_its_errand_begins_leaves_no_storekeeper(attack
         client = _client(attacked, alice, code)
         client.communicate(timeout=30)
     wait_until(lambda: not _below(attacked.engine.process.pid), what="the end of all storekeepers")
+
+
+def test_the_name_of_a_cgroup_places_a_storekeeper_in_no_other(alice: User) -> None:
+    """A user names the cgroups below one that was delegated, also so that a line seems to end in the name."""
+    with job_cgroup(alice, 82, version="v2") as mine, job_cgroup(alice, 83, version="v2") as theirs:
+        below = mine.directory
+        for name in ("x\x0c0::", *theirs.directory.relative_to(theirs.top.parent).parts):
+            below = below / name
+            below.mkdir()
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                (below / "cgroup.procs").write_text(str(process.pid))
+                assert f"{theirs.directory}/cgroup.procs" not in Place.of_process(process.pid).cgroups
+            finally:
+                process.kill()

@@ -30,7 +30,8 @@ def _unescape(text: str) -> str:
 def read_mountinfo(file: Path = Path("/proc/self/mountinfo")) -> tuple[Mount, ...]:
     """All mounts of a namespace, in the kernel's order."""
     mounts = []
-    for line in file.read_text().splitlines():
+    # Names may hold any end of line that Python knows, but for "\n", which the kernel escapes.
+    for line in file.read_bytes().decode(errors="surrogateescape").removesuffix("\n").split("\n"):
         before, _, after = line.partition(" - ")
         _, _, device, root, target, options, *tags = before.split(" ")
         kind, source, *_ = after.split(" ")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcctr.context import Caller, machine
+from hpcctr import context
+from hpcctr.context import Caller, machine, read_status
 from hpcctr.errors import CallerRefused, CallerTraced, NoNewPrivileges
 from tests.support.polling import wait_until
 
@@ -154,6 +155,86 @@ def test_a_caller_that_has_ended_is_refused(connect: Connect) -> None:
     wait_until(ended, what="the caller to end")
     with pytest.raises(CallerRefused):
         caller.require_gateway_caller()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"\rUid:\t0\t0\t0\t0",
+        b"\rNew:\t1",
+        b"\r\rNew:",
+        b"\nState:\tZ",
+        b"a) Z 1 (",
+        b"\x0bCapEff:\t0",
+        b"\x85Gid:\t1",
+        b"x\\n:y",
+        b"\xff",
+    ],
+)
+def test_a_name_that_breaks_lines_adds_nothing_to_a_status(connect: Connect, name: bytes) -> None:
+    """The kernel escapes a line feed in the name of a process, and shows every other character as it is."""
+    plain = set(read_status(os.getpid()))
+    code = f"import ctypes\nctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0)\n{CONNECT}"
+    caller = connect(code=code)
+    status = read_status(caller.pid)
+    assert set(status) == plain
+    assert status["Uid"].split() == [str(UID)] * 4
+    caller.require_gateway_caller()
+
+
+def _connected_and_gone(place: Path) -> tuple[int, socket.socket]:
+    """A pid that nobody has any more, and the socket its process has connected to ``place``."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        os.setresgid(UID, UID, UID)
+        os.setresuid(UID, UID, UID)
+        sock.connect(str(place))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid, sock
+
+
+def _successor(pid: int, uid: int) -> subprocess.Popen[bytes]:
+    """A process of ``uid`` whose number is ``pid``: the next one after ns_last_pid, unless another is quicker."""
+    for _ in range(500):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, user=uid, group=uid, extra_groups=())
+        if process.pid == pid:
+            return process
+        process.communicate()
+    raise AssertionError(f"pid {pid} could not be had again")
+
+
+@pytest.mark.parametrize("has_peer_pidfd", [True, False], ids=["pidfd of the peer", "pidfd of its number"])
+def test_a_number_that_was_handed_on_is_not_the_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_peer_pidfd: bool
+) -> None:
+    """Also on a kernel that knows no pidfd of a peer, where the number is all there is."""
+    if not has_peer_pidfd:
+        monkeypatch.setattr(context, "_SO_PEERPIDFD", 9999)
+    place = tmp_path / "s"
+    for parent in [tmp_path, *tmp_path.parents]:
+        if parent.stat().st_uid == 0 and parent != Path("/") and parent != Path("/tmp"):
+            parent.chmod(0o755)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(place))
+        place.chmod(0o666)
+        listener.listen()
+        for uid in (UID + 1, 0):
+            pid, sock = _connected_and_gone(place)
+            successor = _successor(pid, uid)
+            peer, _ = listener.accept()
+            before = len(os.listdir("/proc/self/fd"))
+            with sock, peer, pytest.raises(CallerRefused, match="has ended|mixed or changed"):
+                caller = Caller.of_peer(peer)
+                try:
+                    assert (caller.pid, caller.uid) == (pid, UID)
+                    caller.require_gateway_caller()
+                finally:
+                    os.close(caller.pidfd)
+            assert len(os.listdir("/proc/self/fd")) == before - 2
+            successor.communicate()
 
 
 def test_a_process_that_is_not_enter_is_refused(connect: Connect) -> None:

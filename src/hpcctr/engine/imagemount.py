@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, read_mounts, unmount
+from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, mounted_by, read_mounts, unmount
 from hpcctr.engine.uses import Uses
 from hpcctr.errors import DeadlinePassed, ImageMountFailed
 
@@ -147,6 +147,12 @@ def name_of_mount(image: int, image_digest: str) -> str:
 
 def _mount_image(image: int, target: str, image_digest: str) -> None:
     try:
+        if mounted_by(image) != 0:
+            # Owner and content of its files are whatever the program says that serves it, at any moment.
+            raise ImageMountFailed(
+                f"image {image_digest}: its file is on a filesystem that is served for a user",
+                hint="findmnt --target the store; it must be mounted by root",
+            )
         if os.pread(image, len(_SQUASHFS_MAGIC), 0) != _SQUASHFS_MAGIC:
             raise ImageMountFailed(
                 f"image {image_digest}: its file is not a squashfs",

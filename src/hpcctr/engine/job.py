@@ -9,6 +9,7 @@ a directory counts only when it and all above it are root's, and none above it i
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -18,15 +19,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpcctr.context import read_status
-from hpcctr.engine.members import is_in_a_view, root_upper
+from hpcctr.engine.members import living_threads, root_upper
 from hpcctr.engine.mounts import MountEntry, read_mounts
 from hpcctr.wire import RUN_DIRECTORY
 
 _JOB = re.compile(r"job_[1-9][0-9]*")
-#: The root in a mount table when it is an overlay, and its upper layer (proc_pid_mountinfo(5)).
-_ROOT_OVERLAY = re.compile(rb"\d+ \d+ \S+ \S+ / .* - overlay \S* (?:.*,)?upperdir=([^, ]*)")
-#: Bytes of a mount table a user may have made.
-_TABLE_BYTES = 65536
 #: Seconds until the job's cgroups are read again while something in them has not ended.
 _ROUND_SECONDS = 0.5
 
@@ -106,22 +103,60 @@ class JobCgroups:
         """The processes in them, at the moment each is read."""
         found: set[int] = set()
         for top in self.directories:
-            for directory, _, _ in os.walk(top):
+            for directory in _directories_below(top):
                 # Gone with its last process; or one of threads, whose processes are listed above it.
-                with contextlib.suppress(OSError), open(f"{directory}/cgroup.procs", encoding="ascii") as file:
-                    found.update(map(int, file))
+                with contextlib.suppress(OSError):
+                    procs = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+                    with open(procs, encoding="ascii") as file:
+                        found.update(map(int, file))
         return found
 
     def have(self, thread: int) -> bool:
         """Whether a thread is in one of them. Raises OSError when it has ended."""
-        with open(f"/proc/{thread}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().split("\n")
+        try:
+            # No name of a cgroup has a line feed; any other character may be in one that was given to a user.
+            with open(f"/proc/{thread}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                lines = file.read().split("\n")
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # Deeper than a path can tell: then the cgroups have to.
+            return int(read_status(thread)["Tgid"]) in self.pids()
         for line in lines:
             controllers, _, path = line.partition(":")[2].partition(":")
             place = self.places.get(controllers.split(",")[0], "") + path + "/"
             if any(place.startswith(directory + "/") for directory in self.directories):
                 return True
         return False
+
+
+def _directories_below(top: str) -> Iterator[int]:
+    """A descriptor of each directory from ``top`` down, for as long as it is looked at.
+
+    Users may nest theirs deeper than a path, Python's recursion and the descriptors of this process would reach.
+    """
+    step = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    waiting = [[top]]
+    directory = os.open("/", step)
+    try:
+        while waiting:
+            name = waiting[-1].pop() if waiting[-1] else ".."
+            try:
+                there = os.open(name, step, dir_fd=directory)
+            except FileNotFoundError:
+                # Gone meanwhile; a parent is there also for who is in a directory that has gone.
+                continue
+            os.close(directory)
+            directory = there
+            if name == "..":
+                waiting.pop()
+                continue
+            yield directory
+            waiting.append([])
+            with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+                waiting[-1] += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    finally:
+        os.close(directory)
 
 
 def _find(top: str, name: str) -> Iterator[str]:
@@ -149,38 +184,20 @@ def _program(pid: int, pidfd: int, cgroups: JobCgroups) -> Program | None:
     """The process ``pid`` if it is to be killed: alive, in the job's cgroups and in a container of this node."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         status = read_status(pid)
-        threads = [pid]
-        if status["State"][:1] in "ZX":
-            # One that has ended shows neither namespace nor cgroup, and the first may end before the others.
-            threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
         # Last the pidfd: while the process lives its number is nobody else's, so all that was read is about it.
-        if any(_is_inside(thread, cgroups) for thread in threads) and not _has_ended(pidfd):
+        if any(_is_inside(thread, cgroups) for thread in living_threads(pid)) and not _has_ended(pidfd):
             return _parse(pid, status)
     return None
 
 
 def _is_inside(thread: int, cgroups: JobCgroups) -> bool:
-    """Whether a thread is in the job's cgroups and has the root of a container of this node."""
-    with contextlib.suppress(OSError):
-        return cgroups.have(thread) and _root_upper(thread).startswith(RUN_DIRECTORY + "/")
-    return False
+    """Whether a thread is in the job's cgroups and has the root of a container of this node.
 
-
-def _root_upper(thread: int) -> str:
-    """The upper layer of a thread's root; empty when its root is something else.
-
-    A program may have gone on to a mount namespace of its own making, with a table of any length: the begin of that,
-    where the root is, must do.
+    It may have gone on to a mount namespace of its own making, and have the same root there.
     """
-    if is_in_a_view(thread):
-        return root_upper(thread) or ""
-    with open(f"/proc/{thread}/mountinfo", "rb") as file:
-        lines = file.read(_TABLE_BYTES).split(b"\n")[:-1]
-    for line in lines:
-        found = _ROOT_OVERLAY.match(line)
-        if found is not None:
-            return os.fsdecode(found[1])
-    return ""
+    with contextlib.suppress(OSError):
+        return cgroups.have(thread) and (root_upper(thread) or "").startswith(RUN_DIRECTORY + "/")
+    return False
 
 
 def _parse(pid: int, status: Mapping[str, str]) -> Program:

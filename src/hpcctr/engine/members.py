@@ -12,15 +12,20 @@ import os
 import re
 import select
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from hpcctr.context import read_status
-from hpcctr.engine.mounts import MountEntry, read_mounts
+from hpcctr.engine.mounts import MountEntry
 
 #: linux/nsfs.h.
 _NS_GET_USERNS = 0xB701
 #: The last part of the path that the spec's section ``linux`` gives an anchor.
-_ANCHOR_CGROUP = re.compile(r"/hpcctr-[0-9a-f]{32}-[0-9a-f]{8}$")
+_ANCHOR_CGROUP = re.compile(rb"/hpcctr-[0-9a-f]{32}-[0-9a-f]{8}\n")
+#: The root in a mount table when it is an overlay, and its upper layer (proc_pid_mountinfo(5)).
+_ROOT_OVERLAY = re.compile(rb"\d+ \d+ \S+ \S+ / [^\n]* - overlay \S* (?:\S*,)?upperdir=([^,\s]*)")
+#: Bytes of a mount table that are read until the root is found. A kernel's limit of mounts (fs.mount-max) in lines of
+#: an ordinary length; users can make them longer, in a namespace of their own.
+_TABLE_BYTES = 32 << 20
 
 
 class Members:
@@ -97,7 +102,7 @@ def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]
     """Living processes by the upper layer of their root: upper layer, pid and a pidfd that the caller closes.
 
     ``upper_uids`` says which upper layers matter and whose they are. Only mount namespaces of the engine's own user
-    namespace are looked at: users can make others, with mount tables that say anything and have any length.
+    namespace are looked at: users can make others, with mount tables that say anything.
     """
     found = []
     for name in os.listdir("/proc"):
@@ -108,14 +113,34 @@ def members_in_proc(upper_uids: Mapping[str, int]) -> list[tuple[str, int, int]]
             pidfd = os.pidfd_open(pid)
         except OSError:
             continue
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            if is_in_a_view(pid):
-                upper = root_upper(pid)
-                if upper is not None and upper_uids.get(upper) == _real_uid(pid) and not is_anchor(pid):
-                    found.append((upper, pid, pidfd))
-                    continue
-        os.close(pidfd)
+        upper = _upper_of_member(pid, upper_uids)
+        if upper is None:
+            os.close(pidfd)
+        else:
+            found.append((upper, pid, pidfd))
     return found
+
+
+def _upper_of_member(pid: int, upper_uids: Mapping[str, int]) -> str | None:
+    for thread in living_threads(pid):
+        with contextlib.suppress(OSError, ValueError):
+            if is_in_a_view(thread):
+                upper = root_upper(thread)
+                if upper is not None and upper_uids.get(upper) == _real_uid(thread) and not is_anchor(thread):
+                    return upper
+    return None
+
+
+def living_threads(pid: int) -> Iterator[int]:
+    """The first thread of a process; when that has ended, which may be before the others do, those.
+
+    A thread that has ended shows neither namespace nor, in version 1, its cgroup.
+    """
+    with contextlib.suppress(OSError):
+        if read_status(pid)["State"][:1] not in "ZX":
+            yield pid
+        else:
+            yield from (int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) != pid)
 
 
 def is_in_a_view(pid: int) -> bool:
@@ -138,13 +163,25 @@ def is_roots(namespace: int) -> bool:
 
 def is_anchor(pid: int) -> bool:
     """Whether a process is the init of a node container: alone in the container's cgroup. Raises OSError."""
-    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-        return any(_ANCHOR_CGROUP.search(line) for line in file)
+    with open(f"/proc/{pid}/cgroup", "rb") as file:
+        return _ANCHOR_CGROUP.search(file.read()) is not None
 
 
 def root_upper(pid: int) -> str | None:
-    """The upper layer of the overlay that is a process's root; None when its root is none. Raises OSError."""
-    return upper_in(read_mounts(pid))
+    """The upper layer of the overlay that is the root of a process or thread; None when its root is none. Raises
+    OSError.
+    """
+    left = _TABLE_BYTES
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+        # It need not be the first: a view's root is younger than what was carried into it.
+        for line in file:
+            found = _ROOT_OVERLAY.match(line)
+            if found is not None:
+                return os.fsdecode(found[1])
+            left -= len(line)
+            if left < 0:
+                break
+    return None
 
 
 def upper_in(entries: Iterable[MountEntry]) -> str | None:

@@ -100,9 +100,25 @@ class MountEntry:
 
 def read_mounts(process: int | str = "self") -> list[MountEntry]:
     """The mount table a process sees, in the kernel's order. Raises OSError when the process has ended."""
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         # One line per "\n": names may hold any other character that str.splitlines() takes for an end.
         return [_entry(line) for line in file.read().split("\n") if line]
+
+
+def mounted_by(descriptor: int) -> int | None:
+    """The uid on whose behalf the filesystem of an open file is served, where a program serves it (FUSE says so in its
+    options); 0 for every other filesystem. None when the mount is in no table any more. Raises OSError.
+    """
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+        number = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        line = next((line for line in file.read().split("\n") if line.startswith(f"{number} ")), None)
+    if line is None:
+        return None
+    entry = _entry(line)
+    if entry.kind not in ("fuse", "fuseblk") and not entry.kind.startswith("fuse."):
+        return 0
+    return next((int(one[8:]) for one in entry.super_options if re.fullmatch(r"user_id=[0-9]+", one)), None)
 
 
 def _entry(line: str) -> MountEntry:

@@ -12,8 +12,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from hpcctr.context import read_status
 from hpcctr.engine.mounts import read_mounts, unmount
 from hpcctr.spec.linux import cgroup_of
 
@@ -26,9 +27,7 @@ _CGROUP_SECONDS = 2.0
 
 def clear_remains(container_id: str, *, runtime: str) -> None:
     """Remove what is left; what cannot be removed stays. Raises nothing: there is nobody to whom it would matter."""
-    for pid in _shims_of(container_id):
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    _kill_shims(container_id)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         _clear_runtime_state(container_id, runtime)
     with contextlib.suppress(OSError):
@@ -39,18 +38,33 @@ def clear_remains(container_id: str, *, runtime: str) -> None:
             _clear_cgroup(directory)
 
 
-def _shims_of(container_id: str) -> Iterator[int]:
-    wanted = os.fsencode(container_id)
+def _kill_shims(container_id: str) -> None:
     for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        # It may end at any time; and what users write into their command lines counts for nothing.
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                words = file.read(4096).split(b"\0")
-            is_shim = os.path.basename(words[0]).startswith(b"containerd-shim-")
-            if is_shim and words[words.index(b"-id") + 1] == wanted and os.stat(f"/proc/{name}").st_uid == 0:
-                yield int(name)
+        if name.isdigit():
+            _kill_if(int(name), lambda pid: _is_shim(pid, os.fsencode(container_id)))
+
+
+def _is_shim(pid: int, wanted: bytes) -> bool:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        words = file.read(4096).split(b"\0")
+    is_called_so = os.path.basename(words[0]).startswith(b"containerd-shim-")
+    # What users write into command lines counts for nothing, not even into that of a set-user-ID program.
+    return (
+        is_called_so
+        and words[words.index(b"-id") + 1] == wanted
+        and read_status(pid)["Uid"].split() == ["0", "0", "0", "0"]
+    )
+
+
+def _kill_if(pid: int, is_meant: Callable[[int], bool]) -> None:
+    """Kill the very process that was looked at: it may end at any time, and its number be another's."""
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if is_meant(pid):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
 
 
 def _clear_runtime_state(container_id: str, runtime: str) -> None:
@@ -80,9 +94,8 @@ def _clear_cgroup(directory: str) -> None:
     """Only an anchor has ever been in it."""
     late = time.monotonic() + _CGROUP_SECONDS
     while time.monotonic() < late:
-        with contextlib.suppress(OSError, ValueError), open(f"{directory}/cgroup.procs", encoding="ascii") as file:
-            for line in file:
-                os.kill(int(line), signal.SIGKILL)
+        for pid in _pids_in(directory):
+            _kill_if(pid, lambda pid: pid in _pids_in(directory))
         try:
             os.rmdir(directory)
         except FileNotFoundError:
@@ -91,3 +104,9 @@ def _clear_cgroup(directory: str) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+def _pids_in(directory: str) -> set[int]:
+    with contextlib.suppress(OSError, ValueError), open(f"{directory}/cgroup.procs", encoding="ascii") as file:
+        return set(map(int, file))
+    return set()

@@ -27,8 +27,9 @@ class Place:
     def of_process(cls, pid: int) -> Place:
         """The place of a process whose pidfd is held. Raises :class:`CallerRefused`."""
         try:
-            with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-                lines = file.read().splitlines()
+            # Lines end with "\n" alone: names of cgroups that users make may hold what else ends a line in Python.
+            with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                lines = file.read().removesuffix("\n").split("\n")
             return cls(
                 cgroups=tuple(_procs_files(pid, lines)),
                 niceness=os.getpriority(os.PRIO_PROCESS, pid),

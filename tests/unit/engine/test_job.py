@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hpcctr.engine import job
 from hpcctr.engine.job import JobCgroups
 from hpcctr.engine.mounts import MountEntry, read_mounts
 from tests.support.job_cgroup import VERSIONS, JobCgroup, Version, has, job_cgroup
+from tests.support.polling import wait_until
 from tests.support.users import User
 
 pytestmark = pytest.mark.root
@@ -64,6 +66,80 @@ def test_a_cgroup_of_a_users_making_is_no_jobs_whatever_its_name(
     with job_cgroup(alice, 78, version=version) as cgroup:
         _take(cgroup.session(alice, "job_12"), process)
         assert JobCgroups.of(12, read_mounts()).directories == []
+
+
+def _nest(directory: Path, names: Sequence[str]) -> int:
+    """Make directories one in another; a descriptor of the last."""
+    here = os.open(directory, os.O_RDONLY)
+    for name in names:
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    return here
+
+
+def _remove_nest(here: int, names: Sequence[str]) -> None:
+    for name in reversed(names):
+        above = os.open("..", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = above
+        wait_until(lambda name=name, here=here: _is_removed(name, here))  # type: ignore[misc]
+    os.close(here)
+
+
+def _is_removed(name: str, directory: int) -> bool:
+    try:
+        os.rmdir(name, dir_fd=directory)
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return False
+    return True
+
+
+@pytest.mark.parametrize("names", [["d"] * 1100, ["n" * 250] * 20], ids=["many levels", "long names"])
+def test_no_cgroup_is_too_deep_to_be_a_jobs(
+    alice: User, process: subprocess.Popen[bytes], version: Version, names: list[str]
+) -> None:
+    """In one that was given to them, a user may go deeper than recursion and paths of 4096 bytes reach."""
+    with job_cgroup(alice, 81, version=version) as cgroup:
+        here = _nest(cgroup.directory, names)
+        procs = os.open("cgroup.procs", os.O_WRONLY, dir_fd=here)
+        os.write(procs, str(process.pid).encode())
+        os.close(procs)
+        before = os.listdir("/proc/self/fd")
+        found = JobCgroups.of(81, read_mounts())
+        try:
+            assert found.pids() == {process.pid}
+            assert found.have(process.pid)
+            assert not JobCgroups.of(8, read_mounts()).have(process.pid)
+            assert os.listdir("/proc/self/fd") == before
+        finally:
+            process.kill()
+            process.wait()
+            _remove_nest(here, names)
+
+
+def test_a_cgroup_whose_name_breaks_lines_makes_nobody_another_jobs(
+    alice: User, bob: User, process: subprocess.Popen[bytes], version: Version
+) -> None:
+    """Names may have any character but a line feed; what one says of other cgroups counts for nothing."""
+    with job_cgroup(alice, 82, version=version) as mine, job_cgroup(bob, 83, version=version) as theirs:
+        top = next(
+            place for place in JobCgroups.of(83, read_mounts()).places.values() if str(mine.top).startswith(place)
+        )
+        path = str(theirs.directory).removeprefix(top)
+        for separator in ("\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028"):
+            controllers = "" if version == "v2" else "pids"
+            names = [f"x{separator}0:{controllers}:", *path.strip("/").split("/")]
+            here = _nest(mine.directory, names)
+            procs = os.open("cgroup.procs", os.O_WRONLY, dir_fd=here)
+            os.write(procs, str(process.pid).encode())
+            os.close(procs)
+            assert not JobCgroups.of(83, read_mounts()).have(process.pid)
+            assert JobCgroups.of(82, read_mounts()).have(process.pid)
+            mine.take(process.pid)
+            _remove_nest(here, names)
 
 
 def test_hierarchies_are_found_by_controller_and_by_name_where_they_can_be_seen(tmp_path: Path) -> None:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from hpcctr.engine.members import Members, is_anchor, is_roots, members_in_proc, root_upper, upper_in
+from hpcctr.engine.members import (
+    Members,
+    is_anchor,
+    is_roots,
+    living_threads,
+    members_in_proc,
+    root_upper,
+    upper_in,
+)
 from hpcctr.engine.mounts import MountEntry
+from tests.support.polling import wait_until
 
 
 @pytest.fixture
@@ -103,6 +114,66 @@ def test_this_process_is_in_no_container() -> None:
     assert root_upper(os.getpid()) is None
     assert members_in_proc({"/nothing": os.getuid()}) == []
     assert not is_anchor(os.getpid())
+
+
+#: A thread prints a line and waits for the end of its input; the leader has ended before.
+LEADER_ENDS = """
+import ctypes, os, sys, threading
+def work():
+    print(flush=True)
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=work).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_of_a_process_whose_leader_has_ended_the_other_threads_live() -> None:
+    argv = [sys.executable, "-IS", "-c", LEADER_ENDS]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        wait_until(lambda: "Z (zombie)" in Path(f"/proc/{process.pid}/status").read_text())
+        (thread,) = living_threads(process.pid)
+        assert thread != process.pid and Path(f"/proc/{process.pid}/task/{thread}").exists()
+        process.communicate()
+        assert list(living_threads(process.pid)) == []
+    assert list(living_threads(os.getpid())) == [os.getpid()]
+
+
+_ROOT_LATE = """
+set -e
+mount -t tmpfs tmpfs "$1"
+mkdir "$1/upper" "$1/work" "$1/new" "$1/mounts"
+mount -t tmpfs tmpfs "$1/mounts"
+long=$(printf %0200d 0)
+i=0
+while [ $i -lt 250 ]; do
+    mkdir "$1/mounts/$long$i"
+    mount -t tmpfs "upperdir=/of/a/source,$i" "$1/mounts/$long$i"
+    i=$((i + 1))
+done
+mount -t overlay -o "lowerdir=/usr,upperdir=$1/upper,workdir=$1/work" overlay "$1/new"
+mkdir "$1/new/old"
+mount --move "$1/mounts" "$1/new/share"
+cd "$1/new"
+pivot_root . old
+umount -l /old
+echo
+read line
+"""
+
+
+@pytest.mark.root
+def test_a_root_behind_hundreds_of_mounts_is_found(tmp_path: Path) -> None:
+    """The table's order is the kernel's: what is carried into a view is older than the view's root."""
+    argv = ["unshare", "--mount", "--propagation", "private", "busybox", "sh", "-c", _ROOT_LATE, "sh", str(tmp_path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        lines = Path(f"/proc/{process.pid}/mountinfo").read_bytes().splitlines(keepends=True)
+        place = next(number for number, line in enumerate(lines) if line.split()[4] == b"/")
+        assert sum(map(len, lines[:place])) > 65536
+        assert root_upper(process.pid) == f"{tmp_path}/upper"
+        process.communicate()
 
 
 def test_a_namespace_of_this_user_namespace_is_roots() -> None:

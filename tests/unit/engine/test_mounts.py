@@ -140,3 +140,27 @@ def test_every_line_of_the_mount_table_is_understood() -> None:
 def test_a_line_is_read_as_proc_5_says(line: str, target: str, propagation: tuple[str, ...], source: str) -> None:
     entry = mounts._entry(line)
     assert (entry.target, entry.propagation, entry.source) == (target, propagation, source)
+
+
+def served_for_users(place: str) -> list[int | None]:
+    found = []
+    for number, data in enumerate(("user_id=61000", "user_id=0", "user_id=61000,allow_other")):
+        point = f"{place}/{number}"
+        os.mkdir(point)
+        device = os.open("/dev/fuse", os.O_RDWR)
+        # Nobody serves it: what is asked here needs no answer.
+        mounts.mount("x", point, "fuse.x", flags=0, data=f"fd={device},rootmode=40000,group_id=0,{data}")
+        held = os.open(point, os.O_PATH)
+        found.append(mounts.mounted_by(held))
+        mounts.unmount(point)
+        if number == 0:
+            found.append(mounts.mounted_by(held))
+        os.close(device)
+        os.close(held)
+    plain = os.open(place, os.O_PATH)
+    return [*found, mounts.mounted_by(plain)]
+
+
+@pytest.mark.root
+def test_a_filesystem_that_is_served_for_a_user_is_told_apart_by_the_kernel(tmp_path: Path) -> None:
+    assert in_private_mounts(served_for_users, tmp_path) == [61000, None, 0, 61000, 0]

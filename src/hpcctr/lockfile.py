@@ -138,7 +138,7 @@ def full_name(image: str) -> str:
         return image
     name, at, digest = name.removeprefix("docker://").partition("@")
     first, slash, rest = name.partition("/")
-    if slash and (set(first) & set(".:[") or first == "localhost" or first != first.lower()):
+    if slash and (set(first) & set(".:[") or first.lower() == "localhost"):
         registry, path = first.lower(), rest
     else:
         registry, path = "docker.io", name

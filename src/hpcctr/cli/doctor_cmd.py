@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,9 @@ from hpcctr.policy.load import load
 from hpcctr.site import Site
 from hpcctr.wire import ENGINE_SOCKET
 
+#: runc builds a container on a hostile root filesystem: the first release of each series without a known way out of
+#: that (its CHANGELOG), of which CVE-2025-52881 and CVE-2026-41579 are the latest. Later series have none.
+_RUNC_MENDED = {(1, 3): 6, (1, 4): 3}
 #: mount_setattr(2) is the youngest call without which nothing works.
 _KERNEL_FLOOR = (5, 14)
 
@@ -137,7 +142,42 @@ def _containerd(site: Site) -> Iterator[Finding]:
         except HpcctrError as error:
             there, what, remedy = False, error.message, error.hint
     yield Finding(thing="containerd", is_good=there, what=what, remedy=remedy)
-    yield _program(site.runtime, f"apt install {site.runtime}", needed_for="building containers")
+    runtime = _program(site.runtime, f"apt install {site.runtime}", needed_for="building containers")
+    yield _with_known_escapes(runtime) if runtime.is_good and site.runtime == "runc" else runtime
+
+
+def _with_known_escapes(runc: Finding) -> Finding:
+    """The same, and whether it is too old. A distribution mends what it ships under the number it has: of a packaged
+    runc the number says nothing, and the distribution's own updates say all.
+    """
+    version = re.search(r"\brunc version ([0-9]+)\.([0-9]+)\.([0-9]+)", runc.what)
+    if version is None:
+        return runc
+    major, minor, patch = map(int, version.groups())
+    if (major, minor) > max(_RUNC_MENDED) or patch >= _RUNC_MENDED.get((major, minor), patch + 1):
+        return runc
+    package = _package_of(runc.what.partition(",")[0])
+    if package:
+        return replace(runc, what=f"{runc.what}, of the package {package}: keep that updated")
+    mended = " or ".join(f"{series[0]}.{series[1]}.{least}" for series, least in _RUNC_MENDED.items())
+    return replace(
+        runc,
+        is_good=False,
+        what=f"{runc.what}: of no package, and older than the mends of CVE-2025-52881 and CVE-2026-41579",
+        remedy=f"install your system's package of runc, or {mended} or later",
+    )
+
+
+def _package_of(path: str) -> str:
+    """The package a file came with, as dpkg or rpm knows it; empty when neither does."""
+    for words in (["dpkg-query", "--search"], ["rpm", "--query", "--file"]):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            said = subprocess.run(
+                [*words, os.path.realpath(path)], capture_output=True, text=True, timeout=10, check=False
+            )
+            if said.returncode == 0 and said.stdout:
+                return said.stdout.split()[0].partition(":")[0]
+    return ""
 
 
 def _converter(_: Site) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ def passwd(untrusted_passwd: bytes, *, account: pwd.struct_passwd | None) -> byt
     own: list[bytes] = []
     name = uid = None
     if account is not None:
-        name, uid = account.pw_name.encode(), account.pw_uid
+        uid = account.pw_uid
         fields = (
             account.pw_name,
             "x",
@@ -61,6 +61,7 @@ def passwd(untrusted_passwd: bytes, *, account: pwd.struct_passwd | None) -> byt
             account.pw_shell,
         )
         own = [":".join(_FIELD_BREAKERS.sub("", text) for text in fields).encode("utf-8", "surrogateescape")]
+        name = own[0].partition(b":")[0]
     kept = [
         b":".join(fields)
         for fields in _records(untrusted_passwd, count=7, numbers=(2, 3))
@@ -119,10 +120,14 @@ def _groups(caller: Caller) -> dict[int, str]:
 
 
 def _host_file(path: str) -> bytes | None:
-    """The content of a regular file of the host's; None when there is none, or it is too large to be one of these."""
+    """The content of a regular file of the host's that everybody may read; None when there is none, or it is too large
+    to be one of these.
+    """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            mode = os.fstat(file.fileno()).st_mode
+            # Root reads everything, and what it reads here everybody reads inside.
+            if not stat.S_ISREG(mode) or not mode & stat.S_IROTH:
                 return None
             content = file.read(_FILE_MAX + 1)
     except OSError:

@@ -16,13 +16,14 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from hpcctr.containerd.client import Containerd, RootfsMount
 from hpcctr.engine.accounts import generated_etc
 from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.intact import require_intact
+from hpcctr.engine.layers import Layers
 from hpcctr.engine.members import is_roots, upper_in
 from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, read_mounts, unmount
 from hpcctr.engine.remains import clear_remains
@@ -36,8 +37,9 @@ LABEL_KEY = "hpcctr.key"
 LABEL_UID = "hpcctr.uid"
 LABEL_DIGEST = "hpcctr.digest"
 LABEL_OWNER = "hpcctr.owner"
-#: Room of the upper layer: two files of the image's with at most 1 MiB, three of the host's, and mount points.
-_UPPER_DATA = "size=8m,nr_inodes=8192,mode=0700"
+#: Room of the upper layer: two files of the image's with at most 1 MiB, three of the host's, and mount points. An inode
+#: and what belongs to it takes the kernel about 2 KiB that no size option counts.
+_UPPER_DATA = "size=8m,nr_inodes=2048,mode=0700"
 _IMAGE_NAME = "image"
 #: linux/nsfs.h and linux/sched.h.
 _NS_GET_NSTYPE = 0xB703
@@ -89,12 +91,13 @@ class NodeBuilder:
     binary_name: str = ""
     #: Read an image file as a whole before it is mounted.
     verify_at_mount: bool = False
+    layers: Layers = field(default_factory=Layers)
 
     def build(self, grant: Grant, *, image: int, container_id: str) -> NodeContainer:
         """The container for a grant; ``image`` is a descriptor of its image's file. A failure leaves nothing behind.
 
-        Raises :class:`ImageMountFailed`, :class:`TargetImpossible`, :class:`DeadlinePassed` and what
-        :mod:`hpcctr.containerd.client` names; :class:`HpcctrError` when the node is out of something.
+        Raises :class:`ImageMountFailed`, :class:`TargetImpossible`, :class:`DeadlinePassed`, :class:`EngineBusy` and
+        what :mod:`hpcctr.containerd.client` names; :class:`HpcctrError` when the node is out of something.
         """
         try:
             return self._build(grant, image, container_id)
@@ -106,6 +109,7 @@ class NodeBuilder:
 
     def _build(self, grant: Grant, image: int, container_id: str) -> NodeContainer:
         digest = grant.image.record.digest
+        self.layers.require_room(grant.caller.uid)
         etc = generated_etc(grant.caller, grant.image.record)
         with contextlib.ExitStack() as undo:
             image_mount = self.images.take(
@@ -225,6 +229,7 @@ class NodeBuilder:
         """Remove the upper layer; what is not there is fine."""
         place = os.path.join(self.directory, container_id)
         unmount(place)
+        self.layers.leave(container_id)
         with contextlib.suppress(OSError):
             os.rmdir(place)
 
@@ -232,6 +237,7 @@ class NodeBuilder:
         place = os.path.join(self.directory, container_id)
         os.makedirs(place, mode=0o700)
         mount("hpcctr", place, "tmpfs", flags=MS_NOSUID | MS_NODEV | MS_NOEXEC, data=_UPPER_DATA)
+        self.layers.watch(container_id, uid=grant.caller.uid, directory=place)
         with open(os.path.join(place, _IMAGE_NAME), "x", encoding="ascii") as file:
             file.write(image_mount)
         os.mkdir(os.path.join(place, "work"), 0o700)

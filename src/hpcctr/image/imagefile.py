@@ -78,10 +78,14 @@ def store_unusable(path: str, error: OSError) -> StoreUnusable:
 
 
 def _require_untamperable_above(path: str, owner: int) -> None:
+    below = os.stat(path)
     for parent in Path(path).parents:
         status = parent.stat()
-        if status.st_uid not in (0, owner) or (status.st_mode & _OTHERS_WRITE and not status.st_mode & stat.S_ISVTX):
+        # In a sticky directory a name is whose who came first: only root's cannot have been made by anybody.
+        is_sticky = status.st_mode & stat.S_ISVTX and below.st_uid == 0
+        if status.st_uid not in (0, owner) or (status.st_mode & _OTHERS_WRITE and not is_sticky):
             raise _tamperable(str(parent), status)
+        below = status
 
 
 def _require_untamperable(path: str, status: os.stat_result, owner: int) -> None:

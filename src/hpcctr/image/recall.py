@@ -9,12 +9,13 @@ mean anything else, as the record of an image, is taken again for :data:`SETTLED
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 #: The ranks of a node start within this of each other; nobody pulls a name anew and runs it elsewhere faster.
 FRESH_SECONDS = 1.0
@@ -25,7 +26,7 @@ SETTLED_SECONDS = 60.0
 _FILES = 256
 _SIZE_MAX = 1 << 20
 
-_Identity = tuple[int, int, int, int]
+_Identity = tuple[int, ...]
 
 
 class Recall:
@@ -39,9 +40,10 @@ class Recall:
         #: Files that are being read, and how many threads want each.
         self._turns: dict[str, tuple[threading.Lock, int]] = {}
 
-    def read(self, path: str, limit: int, *, is_settled: bool = False) -> bytes:
+    def read(self, path: str, limit: int, *, owner: Callable[[], int] | None = None, is_settled: bool = False) -> bytes:
         """The first ``limit`` bytes of a regular file; ``is_settled`` when what it says is never changed. Raises
-        OSError as open does, and IsADirectoryError for anything that is no regular file.
+        OSError as open does, IsADirectoryError for anything that is no regular file, and PermissionError with errno
+        EPERM for one that others than root and ``owner`` (None: whoever) could have written.
         """
         fresh = SETTLED_SECONDS if is_settled else FRESH_SECONDS
         content = self._kept_of(path, fresh)
@@ -49,7 +51,7 @@ class Recall:
             with self._turn(path):
                 content = self._kept_of(path, fresh)
                 if content is None:
-                    content = self._read(path, limit)
+                    content = self._read(path, limit, owner)
         return content
 
     def _kept_of(self, path: str, fresh: float) -> bytes | None:
@@ -59,13 +61,17 @@ class Recall:
             return None
         return kept[2]
 
-    def _read(self, path: str, limit: int) -> bytes:
+    def _read(self, path: str, limit: int, owner: Callable[[], int] | None) -> bytes:
         now = time.monotonic()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(path)
+            if owner is not None and (
+                status.st_uid not in (0, owner()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            ):
+                raise PermissionError(errno.EPERM, "others than the store's owner can write it", path)
             content = b""
             while len(content) < limit and (more := file.read(limit - len(content))):
                 content += more
@@ -93,4 +99,4 @@ class Recall:
 
 
 def _identity(status: os.stat_result) -> _Identity:
-    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size, status.st_uid, status.st_mode

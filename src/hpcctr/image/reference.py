@@ -104,7 +104,7 @@ class ImageRef:
         if at and not is_digest(digest):
             raise _wrong(text, "has no sha256 digest of 64 hexadecimal digits after the @")
         first, slash, remainder = name.partition("/")
-        if slash and (set(first) & set(".:[") or first == "localhost" or first != first.lower()):
+        if slash and (set(first) & set(".:[") or first.lower() == "localhost"):
             registry, path = first.lower(), remainder
         else:
             registry, path = DEFAULT_REGISTRY, name

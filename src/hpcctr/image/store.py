@@ -353,10 +353,15 @@ class Store:
             raise _damaged(f"{directory}/{RECORD_FILE}", "it is about another image")
         return StoredImage(record=record, path=f"{directory}/{record.file}", name=name)
 
+    def _owner(self) -> int:
+        return os.stat(self.path).st_uid
+
     def _read(self, path: str, *, is_settled: bool = False) -> bytes | None:
         """The content of a record; None when there is no such file."""
         try:
-            raw = looked_up_again(lambda: _recall.read(path, _RECORD_SIZE_MAX + 1, is_settled=is_settled))
+            raw = looked_up_again(
+                lambda: _recall.read(path, _RECORD_SIZE_MAX + 1, owner=self._owner, is_settled=is_settled)
+            )
         except (FileNotFoundError, NotADirectoryError):
             return None
         except IsADirectoryError:

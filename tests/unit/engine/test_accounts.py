@@ -78,6 +78,13 @@ def test_a_directory_entry_cannot_add_lines_or_fields() -> None:
     assert accounts.passwd(b"", account=evil) == b"eve:x:9:9:Eroot2x00:/h0:/bin/sh\n"
 
 
+def test_a_login_name_that_is_no_text_is_the_callers_all_the_same() -> None:
+    """What the name service sends is bytes, and Python makes surrogates of those that are no UTF-8."""
+    odd = pwd.struct_passwd(("m\udcfcller", "x", 1000, 100, "M\udcfcller", "/home/m", "/bin/sh"))
+    image = b"m\xfcller:x:7:7:::\nroot:x:0:0:::\n"
+    assert accounts.passwd(image, account=odd) == b"m\xfcller:x:1000:100:M\xfcller:/home/m:/bin/sh\nroot:x:0:0:::\n"
+
+
 def test_the_callers_groups_have_the_hosts_names_and_the_caller_as_member() -> None:
     image = b"root:x:0:\nusers:x:100:bob\nstaff:x:50:\nvideo:x:27:root\n"
     made = accounts.group(image, groups={100: "lab", 44: "video"}, member="alice")
@@ -96,6 +103,13 @@ def test_root_of_the_host_is_found_in_the_name_service(tmp_path: Path) -> None:
 def test_host_files_that_are_missing_huge_or_no_files_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_bytes(b"x" * ((1 << 20) + 1))
     (tmp_path / "resolv.conf").mkdir()
+    files = accounts.generated_etc(a_caller(uid=0, gid=0), a_stored_image().record, host_etc=str(tmp_path))
+    assert files.keys() == {"passwd", "group"}
+
+
+def test_what_not_everybody_may_read_on_the_host_nobody_reads_inside(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("10.0.0.1 secret\n")
+    (tmp_path / "hosts").chmod(0o640)
     files = accounts.generated_etc(a_caller(uid=0, gid=0), a_stored_image().record, host_etc=str(tmp_path))
     assert files.keys() == {"passwd", "group"}
 

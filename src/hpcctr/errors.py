@@ -112,6 +112,12 @@ class ProgramsSurvive(HpcctrError):
     slug = "job-survives"
 
 
+class CapabilitiesMissing(HpcctrError):
+    """The engine was started without a capability it needs."""
+
+    slug = "capabilities"
+
+
 class EnterUnusable(HpcctrError):
     """The installed enter is missing, or has not the owner, mode or capabilities it needs."""
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from hpcctr.errors import PolicyUnusable, SiteFileWrong
 
 DEFAULT_PATH = "/etc/hpcctr/site.toml"
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+_Rate = Annotated[float, msgspec.Meta(gt=0, le=1_000_000)]
 
 
 class ContainerdSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -38,18 +41,24 @@ class RegistrySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
     """What the engine gives at most."""
 
-    #: Sessions at once, of everybody and of one uid.
-    sessions: int = 1024
-    sessions_per_uid: int = 256
+    #: Sessions at once, of everybody and of one uid. A uid that has none gets one whatever the others have.
+    sessions: _Count = 1024
+    sessions_per_uid: _Count = 256
+    #: Launches of one uid that wait until others of theirs have begun.
+    waiting_per_uid: _Count = 4096
+    #: Launches of one uid in the long run; faster ones wait.
+    launches_per_second: _Rate = 200.0
     #: Node containers one uid may have on the node.
-    containers_per_uid: int = 64
+    containers_per_uid: _Count = 64
+    #: Node containers built for one uid in the long run; faster ones wait.
+    builds_per_minute: _Rate = 240.0
     #: Storekeepers (pulls, imports, listings) at once, of everybody and of one uid.
-    errands: int = 64
-    errands_per_uid: int = 8
+    errands: _Count = 64
+    errands_per_uid: _Count = 8
     #: What one user's own images may take in the store.
-    bytes_per_uid: int = 200 * 2**30
+    bytes_per_uid: Annotated[int, msgspec.Meta(ge=0)] = 200 * 2**30
     #: Users and groups one user may share images with, each image counted.
-    shares_per_uid: int = 256
+    shares_per_uid: Annotated[int, msgspec.Meta(ge=0)] = 256
 
 
 class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -60,7 +69,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     enter: str = "/usr/libexec/hpcctr/enter"
     runtime: Literal["runc", "crun"] = "runc"
     #: Seconds a node container stays after its last member has ended.
-    linger_seconds: float = 60.0
+    linger_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 60.0
     #: Directories of the host, beside /tmp, home and the working directory, that every launch sees where the caller
     #: does.
     carry: tuple[str, ...] = ()
@@ -113,7 +122,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise SiteFileWrong(f"{name}: {error.strerror}", hint=f"make {name} readable") from None
         try:
             site = msgspec.toml.decode(raw, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise SiteFileWrong(f"{name}: {error}", hint=f"edit {name}; its keys are in docs/site.md") from None
         paths = [("store", site.store), ("enter", site.enter), *(("carry", entry) for entry in site.carry)]
         paths += [("ca-file", settings.ca_file) for settings in site.registry.values() if settings.ca_file]

@@ -68,7 +68,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, hostile: oci.Image) -> It
     """A node whose store has the hostile image, with small limits."""
     from tests.support.scratch import scratch
 
-    limits = "[limits]\nsessions = 64\nsessions-per-uid = 8\n"
+    limits = "[limits]\nsessions = 64\nsessions-per-uid = 8\nwaiting-per-uid = 16\n"
     with scratch("attacked") as place, node(place, more=limits) as started:
         layout = oci.write_layout(place / "layout", hostile)
         started.hpcctr("pull", "--name", IMAGE, f"oci:{layout}")

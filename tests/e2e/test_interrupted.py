@@ -207,14 +207,14 @@ def test_an_engine_stopped_at_any_point_of_a_launch(own_node_with_busybox: Profi
     _require_nothing_new(before)
 
 
-def test_a_launch_without_an_engine_is_a_named_error_at_once(own_node_with_busybox: Profile) -> None:
+def test_a_launch_without_an_engine_is_a_named_error_within_seconds(own_node_with_busybox: Profile) -> None:
     profile = own_node_with_busybox
     with _bystanders(profile):
         profile.node.engine.stop(kill=True)
         ended = _end(_launch(profile, "true"))
         assert ended.status == 125
         assert ended.err.startswith(b"hpcctr: error[no-engine]") and b"hint: " in ended.err
-        assert ended.seconds < 5
+        assert ended.seconds < 10
         profile.node.engine.restart()
         _require_launches_again(profile)
 

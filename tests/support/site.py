@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-INSTALLED_ENTER = Path("/opt/hpcctr/libexec/enter")
+INSTALLED_ENTER = Path(os.environ.get("HPCCTR_DEV", "/opt/hpcctr/dev")) / "libexec/enter"
 
 
 @dataclass(frozen=True, kw_only=True)

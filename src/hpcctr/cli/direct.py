@@ -41,7 +41,8 @@ def run(words: RunWords) -> int:
             from hpcctr.cli.explain import show
             from hpcctr.client.run import prepare
 
-            show(prepare(words, sock))
+            _, planned = prepare(words, sock)
+            show(planned)
             sys.stdout.flush()
         else:
             from hpcctr.client.run import run

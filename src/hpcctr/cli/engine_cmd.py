@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from hpcctr.errors import EnterUnusable
+from hpcctr.cli.table import Format
+from hpcctr.errors import EnterUnusable, UsageWrong
 from hpcctr.site import DEFAULT_PATH, Site
 
 app = typer.Typer(no_args_is_help=True, help="Run and set up the node's engine (root).")
@@ -18,29 +19,74 @@ SiteFile = Annotated[
 ]
 
 
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print.")]
+
+
 @app.command()
 def serve(site: SiteFile = None) -> None:
     """Run the engine in the foreground: build containers for the node's users until SIGTERM.
 
-    Under systemd's socket activation it takes the socket it is given.
+    Under systemd's socket activation it takes the socket it is given. SIGHUP: read the site file again.
     """
     from hpcctr.engine.serve import serve as serve_engine
 
-    raise SystemExit(serve_engine(Site.load(site, root_owned=True)))
+    raise SystemExit(serve_engine(lambda: Site.load(site, root_owned=True)))
 
 
 @app.command()
 def check(
-    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="A site file; default: the node's.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILE]", help="A site file, a policy file, or a directory of policy files; default: the node's."
+        ),
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option("--as", metavar="USER", help="Tell what this user, by name or uid, may do.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="IMAGE", help="With --as: the image they launch.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --as: an image of the user's own.")] = False,
+    group: Annotated[
+        list[str] | None,
+        typer.Option("--group", metavar="GROUP", help="With --as: a group they are in beside those of a login."),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", metavar="PATH", help="With --as: a mount target they ask for.")
+    ] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option("--feature", metavar="NAME", help="With --as: a host feature they ask for.")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", metavar="NAME", help="With --as: a device they ask for.")
+    ] = None,
+    format: FormatOption = Format.TABLE,  # noqa: A002
 ) -> None:
-    """Read a site file and its policy as the engine would, and say what is wrong."""
-    from hpcctr.policy.load import load
+    """Read a site file and its policy as the engine would, and say what is wrong.
 
-    site = Site.load(file, root_owned=True)
-    rules = load(site.policy_directory)
-    for rule in rules:
-        typer.echo(f"{rule.action:5} users={','.join(rule.users)} images={','.join(rule.images)}  ({rule.label})")
-    typer.echo(f"{file or DEFAULT_PATH}: {len(rules)} rules, otherwise deny")
+    Prints the rules in the order in which they are asked; with --as and --image, what they decide instead.
+    """
+    from hpcctr.cli import engine_check
+
+    checked = engine_check.read(file)
+    if user is None and image is None:
+        if private or group or target or feature or device:
+            raise UsageWrong("nobody is named who asks for it", hint="hpcctr engine check --as USER --image IMAGE")
+        engine_check.show(checked, format)
+        return
+    if user is None or image is None:
+        raise UsageWrong("a decision is about a user and an image", hint="hpcctr engine check --as USER --image IMAGE")
+    asked = engine_check.WhatIf(
+        user=user,
+        image=image,
+        is_private=private,
+        groups=tuple(group or ()),
+        targets=tuple(target or ()),
+        features=tuple(feature or ()),
+        devices=tuple(device or ()),
+    )
+    raise SystemExit(engine_check.tell(checked, asked, format))
 
 
 @app.command()

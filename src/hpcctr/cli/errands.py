@@ -41,24 +41,38 @@ def run(errand: Errand, site: Site, *, send: Send | None = None) -> Iterator[Sai
             keeper.peer.close()
             keeper.process.wait()
         return
-    with socket.socket(fileno=connect.connect().detach()) as engine:
-        peer = _introduced(engine, errand)
+    # The connection stays open until the end: the engine ends an errand whose user has gone.
+    engine, peer = connect.patiently(lambda: _begun(errand))
+    with engine:
         if peer is not None:
             with peer:
                 yield from _talk(peer, send)
 
 
+def _begun(errand: Errand) -> tuple[socket.socket, socket.socket | None]:
+    """The connection to the engine, and what :func:`_introduced` has from it."""
+    engine = socket.socket(fileno=connect.connect().detach())
+    try:
+        return engine, _introduced(engine, errand)
+    except BaseException:
+        engine.close()
+        raise
+
+
 def _introduced(engine: socket.socket, errand: Errand) -> socket.socket | None:
     """The socket to the storekeeper; None when another launch's has done it."""
-    engine.sendall(errand.frame().pack())
+    try:
+        engine.sendall(errand.frame().pack())
+    except OSError as error:
+        raise connect.Unanswered(f"the engine went away: {error.strerror}", hint="hpcctr doctor") from None
     engine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(16))  # another launch's pull may take long
     while True:
         try:
             packet, descriptors, _, _ = socket.recv_fds(engine, FRAME_MAX + 1, 1)
         except OSError as error:
-            raise EngineUnreachable(f"the engine went away: {error.strerror}", hint="hpcctr doctor") from None
+            raise connect.Unanswered(f"the engine went away: {error.strerror}", hint="hpcctr doctor") from None
         if not packet:
-            raise EngineUnreachable("the engine closed the connection without an answer", hint="hpcctr doctor")
+            raise connect.Unanswered("the engine closed the connection without an answer", hint="hpcctr doctor")
         answer = Frame.unpack(packet)
         if answer.verb == _KEEPER and descriptors:
             return socket.socket(fileno=descriptors[0])
@@ -85,7 +99,9 @@ def _talk(peer: socket.socket, send: Send | None) -> Iterator[Said]:
                     peer.shutdown(socket.SHUT_WR)
             except BaseException as error:  # noqa: BLE001 - raised again below
                 failure.append(error)
-                peer.shutdown(socket.SHUT_RDWR)
+                # Closed already, when the storekeeper has had its last word meanwhile.
+                with contextlib.suppress(OSError):
+                    peer.shutdown(socket.SHUT_RDWR)
 
         sender = threading.Thread(target=work, daemon=True)
         sender.start()

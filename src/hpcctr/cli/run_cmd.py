@@ -11,7 +11,6 @@ from typing import Any
 
 import typer
 
-from hpcctr.client.connect import connect
 from hpcctr.client.run import prepare, run
 from hpcctr.errors import ImageNotInStore
 from hpcctr.request import RUN_OPTIONS, Option, RunWords
@@ -123,7 +122,8 @@ def launch(words: RunWords) -> int:
     if words.explain:
         from hpcctr.cli.explain import show
 
-        show(prepare(words, connect()))
+        _, planned = prepare(words)
+        show(planned)
         return 0
     try:
         run(words)

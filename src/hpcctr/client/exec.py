@@ -24,8 +24,8 @@ def join(words: ExecWords, sock: _socket.socket | None = None) -> NoReturn:
     if words.workdir is not None:
         require_absolute(words.workdir)
     preflight.require_outside()
-    sock = sock or connect.connect()
-    granted = connect.ask(sock, ExecRequest(pid=words.pid, image=image_name(words.pid)).frame())
+    request = ExecRequest(pid=words.pid, image=image_name(words.pid))
+    sock, granted = connect.asked(request.frame(), sock)
     directory = words.workdir or working_directory(words.pid)
     variables, _ = variables_for(
         granted,

@@ -51,8 +51,7 @@ def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
     Raises any :class:`hpcctr.errors.HpcctrError` before that.
     """
     preflight.require_outside()
-    sock = sock or connect.connect()
-    launch = prepare(words, sock)
+    sock, launch = prepare(words, sock)
     descriptor = inheritable(sock)
     argv = enter.plan(
         descriptor,
@@ -70,8 +69,10 @@ def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
     enter.become(program, argv)
 
 
-def prepare(words: RunWords, sock: _socket.socket) -> Launch:
-    """Ask the engine and settle what the launch will be."""
+def prepare(words: RunWords, sock: _socket.socket | None = None) -> tuple[_socket.socket, Launch]:
+    """Ask the engine, that of ``sock`` or the node's, and settle what the launch will be: the connection, where enter
+    asks for the namespace, and the launch.
+    """
     caller = environment.of_this_process()
     baggage = _baggage(words, caller, ())
     request = LaunchRequest(
@@ -82,7 +83,8 @@ def prepare(words: RunWords, sock: _socket.socket) -> Launch:
         # Who asks the registry wants what the name means now.
         as_of=None if words.pull == "always" else as_of.job_start(caller),
     )
-    return Launch(words, connect.ask(sock, request.frame()), caller)
+    sock, granted = connect.asked(request.frame(), sock)
+    return sock, Launch(words, granted, caller)
 
 
 def _absolute(image: str) -> str:

@@ -66,6 +66,10 @@ class Errands:
         self._running: Counter[int] = Counter()
         self._pulls: dict[tuple[int, str, str, str], Future[_Outcome | None]] = {}
 
+    def settle(self, site: Site) -> None:
+        """From now on go by ``site``."""
+        self._site = site
+
     def may(self, errand: Errand, caller: Caller) -> str:
         """The label of the rule that allows the errand. Raises :class:`PolicyDenied`, :class:`ReferenceWrong`."""
         if errand.task in ("pull", "import"):
@@ -189,7 +193,7 @@ class Errands:
 def _is_in_job(pid: int) -> bool:
     """Whether a process is in a job of Slurm's, by its cgroups. Raises :class:`CallerRefused`."""
     try:
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return _JOB.search(file.read()) is not None
     except OSError:
         raise CallerRefused(f"pid {pid} has ended") from None

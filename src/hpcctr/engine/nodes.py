@@ -25,6 +25,7 @@ from hpcctr.engine.imagemount import ImageMounts, name_of_mount
 from hpcctr.engine.members import Members, members_in_proc
 from hpcctr.engine.neighbour import require_common_mounts
 from hpcctr.engine.node import LABEL_OWNER, NodeBuilder, NodeContainer
+from hpcctr.engine.pace import Pace
 from hpcctr.engine.state import StateDirectory
 from hpcctr.engine.uses import Uses
 from hpcctr.engine.view import Place, View
@@ -84,6 +85,8 @@ class NodeContainers:
             verify_at_mount=site.verify_at_mount,
         )
         self._members = Members()
+        #: Every container a user may have is built without waiting.
+        self._pace = Pace(burst=site.limits.containers_per_uid)
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot] = {}
         #: Containers on their way out: in no slot any more, and not yet anybody else's to remove.
@@ -92,6 +95,12 @@ class NodeContainers:
         self._is_closing = False
         self._adopting = threading.Lock()
         self._watcher: threading.Thread | None = None
+
+    def settle(self, site: Site) -> None:
+        """From now on keep containers by the limits and the linger of ``site``; the rest of it is for a restart."""
+        with self._lock:
+            self._site = site
+        self._members.ring()
 
     def adopt(self) -> None:
         """Take over or remove what an earlier engine of this owner left, and what dead direct engines left.
@@ -125,23 +134,29 @@ class NodeContainers:
         """
         self.adopt()
         key = grant.key
+        is_looked_after = False
         while True:
             with self._lock:
                 if self._is_closing:
                     raise EngineUnreachable("the engine is stopping", hint="try again when it has started")
                 slot = self._slots.get(key)
-                if slot is None:
+                idle = self._to_choose_from(grant.caller.uid) if slot is None and not is_looked_after else {}
+                if slot is None and not idle:
                     evicted = self._make_room(grant.caller.uid)
                     slot = _Slot(key=key, uid=grant.caller.uid, container_id=f"{key}-{secrets.token_hex(4)}")
                     self._slots[key] = slot
                     break
-                if slot.container is not None:
+                if slot is not None and slot.container is not None:
                     if slot.idle_since is not None:
                         slot.idle_since = time.monotonic()
                     return _again(slot.container)
-                ready = slot.ready
-            # Then it is there, or gone again already.
-            _wait_for_another(ready)
+                ready = slot.ready if slot is not None else None
+            if ready is not None:
+                # Then it is there, or gone again already.
+                _wait_for_another(ready)
+            else:
+                self._keep_for_children(idle)
+                is_looked_after = True
         if evicted is not None:
             self._remove_all([evicted], _REMOVE_SECONDS)
         return self._build(grant, slot, open_image)
@@ -226,6 +241,8 @@ class NodeContainers:
     # building
 
     def _build(self, grant: Grant, slot: _Slot, open_image: Callable[[], int]) -> NodeContainer:
+        rate = self._site.limits.builds_per_minute / 60
+        time.sleep(self._pace.delay(slot.uid, per_second=rate, now=time.monotonic()))
         try:
             image = open_image()
             try:
@@ -249,6 +266,13 @@ class NodeContainers:
                 ready = slot.ready
             ready.set_result(None)
             self._members.ring()
+
+    def _to_choose_from(self, uid: int) -> dict[str, _Slot]:
+        """Under the lock: when ``uid`` has all containers it may have, those of which one would have to go."""
+        theirs = self._by_upper(lambda slot: slot.uid == uid)
+        if len(theirs) < self._site.limits.containers_per_uid:
+            return {}
+        return {upper: slot for upper, slot in theirs.items() if slot.idle_since is not None}
 
     def _make_room(self, uid: int) -> _Leaving | None:
         """Under the lock: the idle container to remove so that ``uid`` may have one more; None when there is room."""

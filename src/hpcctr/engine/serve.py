@@ -1,26 +1,27 @@
-"""The gateway: root, resident, one listening socket, a thread a session.
+"""The gateway's process: its directories, its sockets, its signals, its end.
 
 Started by systemd socket activation (sd_listen_fds(3)) or in the foreground; then it makes the socket itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
-import select
 import signal
 import socket
 import stat
 import sys
-import threading
-import time
-from collections import Counter
+from collections.abc import Callable
+
+import msgspec
 
 from hpcctr.containerd import Containerd
-from hpcctr.context import Caller
-from hpcctr.engine import control, session
-from hpcctr.engine.errands import Errands
+from hpcctr.engine import control
+from hpcctr.engine.gateway import Gateway, refuse_descriptors
 from hpcctr.engine.nodes import NodeContainers
+from hpcctr.engine.rights import require_capabilities
 from hpcctr.errors import CallerRefused, ContainerdUnavailable, EngineBusy, HpcctrError, StoreUnusable
 from hpcctr.site import Site
 from hpcctr.wire import ENGINE_SOCKET, RUN_DIRECTORY
@@ -28,123 +29,109 @@ from hpcctr.wire import ENGINE_SOCKET, RUN_DIRECTORY
 STATE_DIRECTORY = control.STATE_DIRECTORY
 _LISTEN_FDS_START = 3
 _BACKLOG = 1024
-#: Seconds until the next attempt when no session can begin.
-_RELIEF_SECONDS = 0.1
+#: Seconds for sessions to come to their end before the engine does; systemd's patience (TimeoutStopSec) is longer.
+_DRAIN_SECONDS = 20.0
+#: mallopt(3), malloc.h.
+_M_ARENA_MAX = -8
+#: Settings that are built into what a running engine keeps.
+_UNTIL_RESTART = ("store", "runtime", "containerd", "verify_at_mount")
 
 
-class Gateway:
-    """Accepts, counts and serves."""
+def serve(load: Callable[[], Site]) -> int:
+    """Run the gateway until SIGTERM or SIGINT; the exit status. SIGHUP has it read its site file again, by ``load``.
 
-    def __init__(self, site: Site, nodes: NodeContainers) -> None:
-        self._door = session.Door(site=site, nodes=nodes, errands=Errands(site), is_gateway=True)
-        self._lock = threading.Lock()
-        self._sessions: Counter[int] = Counter()
-
-    def accept(self, listener: socket.socket, bell: int) -> None:
-        """Serve until the descriptor ``bell`` can be read. The listener stays open: it may be systemd's."""
-        listener.setblocking(False)
-        poll = select.poll()
-        poll.register(listener, select.POLLIN)
-        poll.register(bell, select.POLLIN)
-        while bell not in (ready := dict(poll.poll())):
-            if listener.fileno() not in ready:
-                continue
-            try:
-                peer, _ = listener.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                # Out of descriptors or memory: sessions that end give some back.
-                print(f"hpcctr-engine: no session can begin: {error.strerror}", file=sys.stderr, flush=True)
-                time.sleep(_RELIEF_SECONDS)
-                continue
-            self._begin(peer)
-
-    def _begin(self, peer: socket.socket) -> None:
-        try:
-            threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
-        except RuntimeError:
-            # No thread can be made; the caller learns that nobody serves it.
-            peer.close()
-            print("hpcctr-engine: no session can begin: out of threads", file=sys.stderr, flush=True)
-
-    def _serve(self, peer: socket.socket) -> None:
-        with peer:
-            try:
-                caller = Caller.of_peer(peer)
-            except (HpcctrError, OSError):
-                return
-            try:
-                self.begin_session(caller.uid)
-            except EngineBusy as error:
-                session.refuse(self._door, peer, caller, error)
-                os.close(caller.pidfd)
-                return
-            try:
-                session.serve(self._door, peer, caller)
-            finally:
-                self.end_session(caller.uid)
-                os.close(caller.pidfd)
-
-    def begin_session(self, uid: int) -> None:
-        """Count a session of ``uid``. Raises :class:`EngineBusy` at the site's limits."""
-        limits = self._door.site.limits
-        with self._lock:
-            if self._sessions[uid] >= limits.sessions_per_uid or self._sessions.total() >= limits.sessions:
-                raise EngineBusy(
-                    f"{self._sessions.total()} launches are under way on this node, {self._sessions[uid]} yours",
-                    hint="try again; the limits are [limits] of the site file",
-                )
-            self._sessions[uid] += 1
-
-    def end_session(self, uid: int) -> None:
-        """The session :meth:`begin_session` counted is over."""
-        with self._lock:
-            self._sessions[uid] -= 1
-            if not self._sessions[uid]:
-                del self._sessions[uid]
-
-
-def serve(site: Site) -> int:
-    """Run the gateway until SIGTERM or SIGINT; the exit status. Raises any :class:`HpcctrError` instead of starting."""
+    Raises any :class:`HpcctrError` instead of starting.
+    """
     if os.getuid() != 0:
         raise CallerRefused(
             "the engine runs as root", hint="sudo hpcctr engine serve, or systemctl start hpcctr-engine.socket"
         )
+    require_capabilities()
+    site = load()
     os.umask(0o022)
     os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"  # noqa: TID251
+    # First of all: a signal that comes now is for later, not the end.
+    bell = _bell_of_signals()
     make_run_directory()
+    # Before what takes time: who connects from now on waits for it.
+    listener = inherited_listener() or own_listener(ENGINE_SOCKET)
+    refuse_descriptors(listener)
     nodes = NodeContainers(
         site=site, containerd=Containerd(site.containerd.socket), state=STATE_DIRECTORY, owner="gateway"
     )
     _raise_descriptor_limit()
+    _limit_arenas()
     try:
         nodes.adopt()
     except ContainerdUnavailable as error:
         # Boot order is nobody's promise; every launch tries again.
-        print(f"hpcctr-engine: {error}; going on without it", file=sys.stderr, flush=True)
-    listener = inherited_listener() or own_listener(ENGINE_SOCKET)
+        _log(f"{error}; going on without it")
     control.serve(own_listener(control.CONTROL_SOCKET, mode=0o600), nodes)
 
-    bell = _bell_of_signals()
-    print(f"hpcctr-engine: listening on {ENGINE_SOCKET}, store {site.store}", file=sys.stderr, flush=True)
-    Gateway(site, nodes).accept(listener, bell)
+    gateway = Gateway(site, nodes)
+    _log(f"listening on {ENGINE_SOCKET}, store {site.store}")
+    _tell_systemd_that_it_is_ready()
+    gateway.accept(listener, bell)
+    while not _rings_for_the_end(bell):
+        site = _settled(site, load, gateway, nodes)
+        gateway.accept(listener, bell)
+    # Who connects meanwhile is the next engine's when the socket is systemd's, and else asks again.
+    if left := gateway.drain(_DRAIN_SECONDS):
+        _log(f"ending with {left} sessions under way")
     listener.close()
     nodes.close(remove=False)
     return 0
 
 
+def _settled(site: Site, load: Callable[[], Site], gateway: Gateway, nodes: NodeContainers) -> Site:
+    """The site as its file says now, in force; the one before when the file is wrong, or could be somebody else's."""
+    try:
+        new = load()
+    except HpcctrError as error:
+        _log(f"the site file is not taken, all stays as it was: {error}")
+        return site
+    kept = {key: getattr(site, key) for key in _UNTIL_RESTART}
+    later = [key.replace("_", "-") for key in _UNTIL_RESTART if getattr(new, key) != kept[key]]
+    settled = msgspec.structs.replace(new, **kept)
+    nodes.settle(settled)
+    gateway.settle(settled)
+    _log("site file read again" + (f"; {', '.join(later)} after a restart, which ends no program" if later else ""))
+    return settled
+
+
+def _log(text: str) -> None:
+    print(f"hpcctr-engine: {text}", file=sys.stderr, flush=True)
+
+
+def _tell_systemd_that_it_is_ready() -> None:
+    """sd_notify(3), for Type=notify: a signal before that, as of a reload, would have ended a starting Python."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")  # noqa: TID251
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(b"READY=1", f"\0{address[1:]}" if address.startswith("@") else address)
+
+
 def _bell_of_signals() -> int:
-    """A descriptor that can be read once SIGTERM or SIGINT has come.
+    """A descriptor that can be read once SIGTERM, SIGINT or SIGHUP has come; it gives their numbers.
 
     Not by a handler of Python's: that runs when the main thread next comes back from a system call, and a signal that
     another thread took, or that came on the way into the call, does not end the call (signal.set_wakeup_fd).
     """
     bell, ringer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(ringer)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     return bell
+
+
+def _rings_for_the_end(bell: int) -> bool:
+    """Whether one of the signals that have come ends the engine."""
+    return any(number != signal.SIGHUP for number in os.read(bell, 4096))
+
+
+def _limit_arenas() -> None:
+    """Sessions are threads that come and go; an arena for each, which glibc would make, keeps what they once used."""
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def _raise_descriptor_limit() -> None:

@@ -14,16 +14,17 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
 from hpcctr.engine.errands import Errands
 from hpcctr.engine.nodes import NodeContainers
+from hpcctr.engine.overdue import Overdue, error_frame
 from hpcctr.enter.install import enter_problem
 from hpcctr.errand import Errand
-from hpcctr.errors import CallerRefused, EnterUnusable, HpcctrError, ProtocolBroken
+from hpcctr.errors import CallerRefused, DeadlinePassed, EnterUnusable, HpcctrError, ProtocolBroken
 from hpcctr.launch import build, follow, prepare
 from hpcctr.policy.grant import Grant
 from hpcctr.request import ExecRequest, LaunchRequest
@@ -34,8 +35,12 @@ from hpcctr.wire import FRAME_MAX, Frame
 #: ask.
 REQUEST_PATIENCE = 10.0
 ENTER_PATIENCE = 120.0
+#: Seconds until a caller is told that its launch is stuck; less than a client waits for its answer.
+PREPARE_PATIENCE = 110.0
 _ENTER_BYTE = b"E"
 _UCRED = struct.Struct("iII")
+#: Room for the sender's identity and nothing else: a descriptor that was sent never becomes one of the engine's.
+_IDENTITY_SPACE = socket.CMSG_SPACE(_UCRED.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ class Door:
     errands: Errands | None
     #: True for the gateway: the caller is whoever connected, an ordinary user. False: our own child, root.
     is_gateway: bool
+    #: Answers callers whose session is stuck; None in root's own command, which its user can interrupt.
+    overdue: Overdue | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +82,13 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
             if isinstance(request, Errand):
                 _run_errand(door, peer, caller, request)
                 return
-            if isinstance(request, ExecRequest):
-                way = _way_to_process(door, request, caller, held)
-                enter = _enter_of(door)
-            else:
-                grant = prepare(request, caller, door.site)
-                enter = _enter_of(door)
-                if request.explain:
-                    peer.sendall(_reply(grant, door.site).pack())
-                    _audit(door, "explained", caller, grant, key=grant.key)
-                    return
-                way = _way_to_container(door, grant, held)
+            with _in_time(door, peer, caller) as stage:
+                granted = _granted(door, caller, request, held, stage)
+            if isinstance(granted, Grant):
+                peer.sendall(_reply(granted, door.site).pack())
+                _audit(door, "explained", caller, granted, key=granted.key)
+                return
+            way, enter = granted
             peer.sendall(_reply(way.grant, door.site).pack())
         except HpcctrError as error:
             refuse(door, peer, caller, error)
@@ -95,6 +98,55 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
             _audit(door, "left", caller)
             return
         _hand_over(door, peer, caller, way, enter)
+
+
+def _granted(
+    door: Door, caller: Caller, request: LaunchRequest | ExecRequest, held: contextlib.ExitStack, stage: _Stage
+) -> Grant | tuple[_Way, os.stat_result]:
+    """The way in that the caller may have, and the enter it has to be; the grant alone when that is all they want."""
+    stage.text = "looking the image up in the store"
+    if isinstance(request, ExecRequest):
+        way = _way_to_process(door, request, caller, held)
+        return way, _enter_of(door)
+    grant = prepare(request, caller, door.site)
+    enter = _enter_of(door)
+    if request.explain:
+        return grant
+    stage.text = "building the container"
+    return _way_to_container(door, grant, held), enter
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    """What a session is at."""
+
+    text: str = ""
+
+
+@contextlib.contextmanager
+def _in_time(door: Door, peer: socket.socket, caller: Caller) -> Iterator[_Stage]:
+    """A part of a session that may be stuck, for instance on a store whose file server is silent: its caller is told
+    after a while. Raises :class:`DeadlinePassed` at the end when that has been so.
+    """
+    stage = _Stage()
+
+    def overdue() -> DeadlinePassed:
+        return DeadlinePassed(
+            f"{stage.text} for uid {caller.uid}, pid {caller.pid} has taken more than {PREPARE_PATIENCE:.0f} s",
+            hint=f"is the file server of {door.site.store} there, and containerd? hpcctr doctor",
+        )
+
+    if door.overdue is None:
+        yield stage
+        return
+    watched = door.overdue.watch(peer, PREPARE_PATIENCE, overdue)
+    is_in_time = False
+    try:
+        yield stage
+    finally:
+        is_in_time = door.overdue.end(watched)
+    if not is_in_time:
+        raise overdue()
 
 
 def _way_to_container(door: Door, grant: Grant, held: contextlib.ExitStack) -> _Way:
@@ -130,7 +182,9 @@ def _run_errand(door: Door, peer: socket.socket, caller: Caller, errand: Errand)
     """``store``: the storekeeper does it, and talks to the caller itself."""
     if door.errands is None:
         raise ProtocolBroken("errands are the gateway's")
-    rule = door.errands.may(errand, caller)
+    with _in_time(door, peer, caller) as stage:
+        stage.text = "looking at the store"
+        rule = door.errands.may(errand, caller)
     words = f"task={errand.task} image={errand.image!r} name={errand.name!r} rule={rule!r}"
     _audit(door, "errand", caller, words=words)
     door.errands.serve(errand, caller, peer)
@@ -139,7 +193,7 @@ def _run_errand(door: Door, peer: socket.socket, caller: Caller, errand: Errand)
 def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
     """Answer a request with an error."""
     _audit(door, "refused", caller, error=error)
-    _try_to_send(peer, _error_frame(error).pack())
+    _try_to_send(peer, error_frame(error).pack())
 
 
 def _hand_over(door: Door, peer: socket.socket, caller: Caller, way: _Way, enter: os.stat_result) -> None:
@@ -161,11 +215,11 @@ def _hand_over(door: Door, peer: socket.socket, caller: Caller, way: _Way, enter
 
 
 def _receive_request(peer: socket.socket) -> LaunchRequest | ExecRequest | Errand:
-    """The first packet, parsed. Whatever descriptors came with it are closed unseen."""
-    untrusted_packet, descriptors, flags, _ = socket.recv_fds(peer, FRAME_MAX + 1, 8)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    if descriptors or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    """The first packet, parsed. Descriptors that come with it are let go by the kernel: there is room for the sender's
+    identity alone (unix(7), SCM_CREDENTIALS).
+    """
+    untrusted_packet, _, flags, _ = peer.recvmsg(FRAME_MAX + 1, _IDENTITY_SPACE)
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         raise ProtocolBroken("a request with descriptors, or over the limit of a frame")
     if not untrusted_packet:
         raise ConnectionAbortedError  # somebody looked whether there is an engine
@@ -181,20 +235,13 @@ def _receive_request(peer: socket.socket) -> LaunchRequest | ExecRequest | Erran
 
 def _require_enter_asks(peer: socket.socket, caller: Caller) -> None:
     """One byte, sent by the very process that connected: the kernel states the sender (unix(7), SCM_CREDENTIALS)."""
-    data, ancillary, flags, _ = peer.recvmsg(2, socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(4 * 8))
-    sender = None
-    for level, kind, value in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
-                os.close(descriptor)
-            raise ProtocolBroken("enter sends no descriptors")
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            sender = _UCRED.unpack(value)
+    data, ancillary, flags, _ = peer.recvmsg(2, _IDENTITY_SPACE)
+    senders = [_UCRED.unpack(value) for _, kind, value in ancillary if kind == socket.SCM_CREDENTIALS]
     if not data:
         raise CallerRefused(f"pid {caller.pid} left before it asked for its namespace")
     if data != _ENTER_BYTE or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-        raise ProtocolBroken("enter asks with one byte")
-    if sender is None or sender[:2] != (caller.pid, caller.uid):
+        raise ProtocolBroken("enter asks with one byte, and sends no descriptor")
+    if [sender[:2] for sender in senders] != [(caller.pid, caller.uid)]:
         raise CallerRefused("the namespace was asked for by another process than the one that connected")
 
 
@@ -232,11 +279,6 @@ def _reply(grant: Grant, site: Site) -> Frame:
     return Frame("granted", [(key, value.encode(errors="surrogateescape")) for key, value in fields])
 
 
-def _error_frame(error: HpcctrError) -> Frame:
-    texts = (("slug", error.slug), ("message", error.message), ("hint", error.hint))
-    return Frame("error", [(key, text.replace("\0", "?").encode(errors="replace")[:4000]) for key, text in texts])
-
-
 def _try_to_send(peer: socket.socket, packet: bytes) -> None:
     # A caller that has gone is in the audit line already.
     with contextlib.suppress(OSError):
@@ -256,7 +298,8 @@ def _audit(
     """The gateway's line per decision on stderr (the journal). Words that a request could influence are quoted."""
     if not door.is_gateway:
         return
-    line = [f"hpcctr-engine: {outcome} uid={caller.uid} gid={caller.gid} pid={caller.pid}", *filter(None, [words])]
+    who = f"uid={caller.uid} gid={caller.gid} pid={caller.pid} auid={_audit_id(caller)}"
+    line = [f"hpcctr-engine: {outcome} {who}", *filter(None, [words])]
     if grant is not None:
         line.append(
             f"image={grant.image.policy_name!r} digest={grant.image.record.digest} because={grant.image.because!r} "
@@ -267,3 +310,14 @@ def _audit(
     if error is not None:
         line.append(f"slug={error.slug} reason={error.message!r}")
     print(" ".join(line), file=sys.stderr, flush=True)
+
+
+def _audit_id(caller: Caller) -> str:
+    """Whom the caller logged in as (pam_loginuid(8)), whoever they are by now; ``unset`` where nobody did."""
+    try:
+        with open(f"/proc/{caller.pid}/loginuid", encoding="ascii") as file:
+            loginuid = file.read()
+        caller.require_alive()
+    except (OSError, HpcctrError):
+        return "gone"
+    return "unset" if loginuid == "4294967295" else loginuid

@@ -104,3 +104,68 @@ def test_an_answer_that_came_before_the_question_is_read(tmp_path: Path) -> None
     with pytest.raises(EngineBusy, match="m"):
         client.ask(sock, Frame("run"))
     sock.close()
+
+
+def test_a_question_nobody_answered_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "s")
+    questions: list[bytes] = []
+
+    def engine() -> None:
+        # One that ends with a question unanswered, nobody for a while, and one that has started again.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            bound.set()
+            peer, _ = listener.accept()
+            with peer:
+                questions.append(peer.recv(65536))
+        paused.wait(20)
+        os.unlink(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            bound.set()
+            peer, _ = listener.accept()
+            with peer:
+                questions.append(peer.recv(65536))
+                peer.sendall(Frame("granted", [("digest", b"d")]).pack())
+
+    bound, paused = threading.Event(), threading.Event()
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        # The second question finds a socket with nobody behind it.
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            bound.clear()
+            paused.set()
+            assert bound.wait(20)
+
+    monkeypatch.setattr(client, "sleep", pause)
+    thread = threading.Thread(target=engine)
+    thread.start()
+    assert bound.wait(20)
+    sock, answer = client.asked(Frame("run"), path=path)
+    thread.join(20)
+    sock.close()
+    assert answer.one("digest") == b"d"
+    assert questions == [Frame("run").pack()] * 2
+    assert len(pauses) == 2
+
+
+def test_an_engine_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+    pauses: list[float] = []
+    monkeypatch.setattr(client, "sleep", pauses.append)
+    with pytest.raises(EngineUnreachable, match="Connection refused"):
+        client.asked(Frame("run"), path=path)
+    assert 2 < sum(pauses) < 5
+
+
+def test_an_error_is_an_answer_and_not_asked_again(answering: Answering) -> None:
+    path = answering(Frame("error", [("slug", b"engine-busy"), ("message", b"m"), ("hint", b"h")]).pack())
+    with pytest.raises(EngineBusy):
+        client.asked(Frame("run"), path=path)

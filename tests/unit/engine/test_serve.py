@@ -13,7 +13,6 @@ import pytest
 
 from hpcctr.engine import serve
 from hpcctr.errors import EngineBusy, StoreUnusable
-from hpcctr.site import LimitSettings, Site
 
 pytestmark = pytest.mark.root
 
@@ -70,24 +69,11 @@ def test_directories_of_somebody_else_stop_the_engine(tmp_path: Path, monkeypatc
         serve.make_run_directory()
 
 
-def test_sessions_are_limited_in_all_and_for_one_user() -> None:
-    site = Site(limits=LimitSettings(sessions=3, sessions_per_uid=2))
-    gateway = serve.Gateway(site, nodes=None)  # type: ignore[arg-type]
-    gateway.begin_session(1000)
-    gateway.begin_session(1000)
-    with pytest.raises(EngineBusy):
-        gateway.begin_session(1000)
-    gateway.begin_session(1001)
-    with pytest.raises(EngineBusy):
-        gateway.begin_session(1002)
-    gateway.end_session(1000)
-    gateway.begin_session(1002)
-
-
 #: A gateway whose signals never reach its main thread in a system call: another thread takes them all.
 _DEAF = """
 import signal, socket, sys, threading
 from hpcctr.engine import serve
+from hpcctr.engine.gateway import Gateway
 from hpcctr.site import Site
 bell = serve._bell_of_signals()
 wanted = {signal.SIGTERM, signal.SIGINT}
@@ -96,14 +82,15 @@ threading.Thread(target=is_over.wait).start()
 signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
 with socket.socket(fileno=int(sys.argv[1])) as listener:
     print("ready", flush=True)
-    serve.Gateway(Site(), nodes=None).accept(listener, bell)
-    print("stopped", listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN), flush=True)
+    Gateway(Site(), nodes=None).accept(listener, bell)
+    is_open = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    print("stopped", serve._rings_for_the_end(bell), is_open, flush=True)
 is_over.set()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_whichever_thread_takes_it_and_leaves_the_socket_open(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_heard_whichever_thread_takes_it_and_leaves_the_socket_open(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -113,7 +100,7 @@ def test_a_signal_ends_it_whichever_thread_takes_it_and_leaves_the_socket_open(
         with subprocess.Popen(argv, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             process.send_signal(number)
-            assert process.communicate(timeout=20)[0] == "stopped 1\n"
+            assert process.communicate(timeout=20)[0] == f"stopped {number != signal.SIGHUP} 1\n"
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(str(tmp_path / "s"))
 
@@ -121,14 +108,14 @@ def test_a_signal_ends_it_whichever_thread_takes_it_and_leaves_the_socket_open(
 def test_it_goes_on_when_it_was_out_of_descriptors(tmp_path: Path) -> None:
     code = """
 import os, resource, socket, sys, threading
-from hpcctr.engine import serve
+from hpcctr.engine.gateway import Gateway
 from hpcctr.site import Site
 listener = socket.socket(fileno=int(sys.argv[1]))
 bell, ringer = os.pipe()
 highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-gateway = serve.Gateway(Site(), nodes=None)
+gateway = Gateway(Site(), nodes=None)
 served = threading.Event()
-gateway._serve = lambda peer: served.set()
+gateway._serve = lambda user, connection: served.set()
 resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
 filled = []
 try:

@@ -14,7 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from hpcctr.context import Caller
+from hpcctr.engine import session
+from hpcctr.engine.overdue import Overdue
 from hpcctr.engine.session import Door, serve
+from hpcctr.launch import prepare
 from hpcctr.policy.grant import Grant
 from hpcctr.request import LaunchRequest, Target
 from hpcctr.site import Site
@@ -142,6 +145,38 @@ def test_the_grant_has_the_requests_targets_and_the_sites(serving: Serving, node
     sock.sendall(LaunchRequest(image=NAME, targets=[Target("d", b"/home/u")]).frame().pack())
     assert _answer(sock).verb == "granted"
     assert [target.path for target in nodes.asked[0].targets] == [b"/home/u", b"/scratch"]
+
+
+def test_a_caller_is_told_when_the_engine_is_stuck_and_the_session_goes_no_further(
+    site: Site, nodes: NoContainers, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "PREPARE_PATIENCE", 0.1)
+    answers = threading.Event()
+
+    def stuck(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
+        assert answers.wait(30)
+        return prepare(request, caller, site)
+
+    monkeypatch.setattr(session, "prepare", stuck)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    caller = Caller(pid=os.getpid(), pidfd=os.pidfd_open(os.getpid()), uid=os.getuid(), gid=os.getgid(), groups=())
+    door = Door(site=site, nodes=nodes, errands=None, is_gateway=False, overdue=Overdue())  # type: ignore[arg-type]
+    thread = threading.Thread(target=serve, args=(door, its, caller))
+    with ours, its:
+        thread.start()
+        ours.sendall(LaunchRequest(image=NAME).frame().pack())
+        answer = _answer(ours)
+        assert answer.text("slug") == "deadline"
+        assert "looking the image up in the store" in answer.text("message")
+        assert ours.recv(FRAME_MAX) == b""
+        assert thread.is_alive()
+        answers.set()
+        thread.join(30)
+        assert not thread.is_alive()
+    os.close(caller.pidfd)
+    assert "overdue slug=deadline" in capfd.readouterr().err
+    assert nodes.closed == len(nodes.asked)
+    assert nodes.joined == 0
 
 
 def _refusal_of(sock: socket.socket, send: Callable[[socket.socket], object]) -> bytes:

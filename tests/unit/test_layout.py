@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,24 @@ def test_a_module_has_a_test_file_of_its_name(module: str) -> None:
     assert mirror.exists() or (elsewhere and any((ROOT / elsewhere).glob("test_*.py"))), (
         f"write {mirror.relative_to(ROOT)}"
     )
+
+
+_DOCUMENTS = sorted(str(path.relative_to(ROOT)) for place in ("docs", "src") for path in (ROOT / place).rglob("*.md"))
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS)
+def test_a_test_that_a_document_names_exists(document: str) -> None:
+    text = (ROOT / document).read_text()
+    functions = {
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    modules = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    named = set(re.findall(r"`(?:tests/\w+/)?(test_\w+)(?:\.py)?(?:::\w+)?`", text))
+    assert named <= functions | modules, f"{document}: {named - functions - modules}"
+    paths = set(re.findall(r"`(tests/[\w/.-]+)`", text))
+    assert not [path for path in paths if not (ROOT / path).exists()], document
 
 
 @pytest.mark.parametrize("module", _modules())

@@ -306,43 +306,58 @@ def _deep(number: int) -> list[str]:
     return [word for at in range(100) for word in ("-v", f"/usr/share/doc:/{number:03}{at:03}{below}")]
 
 
-KEEPERS = {
-    "a program in the background": "sleep 1000 </dev/null >/dev/null 2>&1 & true",
-    "a user namespace with a view of its own": (
-        "unshare -Urm sleep 1000 </dev/null >/dev/null 2>&1 & while ! grep -q sleep /proc/$!/comm; do true; done"
-    ),
-    "a descriptor of the root": "sleep 1000 </ >/dev/null 2>&1 & true",
-}
+#: A program in the background whose view is its own, so that it is in no container any more, and one that is in it.
+IN_A_VIEW_OF_ITS_OWN = (
+    "unshare -Urm sleep 1000 </dev/null >/dev/null 2>&1 & while ! grep -q sleep /proc/$!/comm; do true; done"
+)
+IN_ITS_CONTAINER = "sleep 1000 </dev/null >/dev/null 2>&1 & true"
 
 
-def test_a_user_can_make_the_engine_keep_only_so_many_layers_by_whatever_holds_them(
+def _fill(node: Node, image: str, user: User, script: str, *, count: int) -> tuple[int, bytes]:
+    """Launch with other targets each time: how many were granted, and the text of the first refusal."""
+    for number in range(count):
+        done = node.run(image, "sh", "-c", script, user=user, flags=_deep(number), check=False, timeout=60)
+        if done.returncode:
+            return number, done.stderr
+    return count, b""
+
+
+def _end_sleepers(node: Node, image: str, user: User) -> None:
+    node.host.run(["pkill", "-KILL", "-x", "-U", str(user.uid), "sleep"], check=False)
+    wait_until(lambda: node.run(image, "true", user=user, flags=_deep(999), check=False).returncode == 0)
+
+
+def test_a_user_can_make_the_engine_keep_only_so_many_layers(
     attacked: Node, image: str, alice: User, bob: User
 ) -> None:
     """What is held after its container has gone no table of the engine's shows. Each layer is full of mount points."""
-    scripts = list(KEEPERS.values())
-    granted = 0
-    refused = b""
-    for number in range(LIMIT + HELD_MAX + 3):
-        script = scripts[number % len(scripts)]
-        done = attacked.run(image, "sh", "-c", script, user=alice, flags=_deep(number), check=False, timeout=60)
-        if done.returncode:
-            refused = done.stderr
-            break
-        granted += 1
     try:
+        granted, refused = _fill(attacked, image, alice, IN_A_VIEW_OF_ITS_OWN, count=LIMIT + HELD_MAX + 3)
         assert b"hpcctr: error[engine-busy]" in refused and b"have been removed" in refused, refused
         assert HELD_MAX <= granted <= HELD_MAX + LIMIT + 1
-        # And each is small, which the next test tries out.
+        # Nobody else is any the worse.
+        held = attacked.popen(
+            "run", image, "--", "sh", "-c", "id -u; exec cat", user=bob, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert held.stdout is not None and held.stdout.readline() == b"%d\n" % bob.uid
+        # And each is small, which the next test but one tries out.
         layers = [mount for mount in attacked.host.mounts() if mount.target.startswith("/run/hpcctr/state/containers/")]
-        assert 0 < len(layers) <= LIMIT
+        assert 0 < len(layers) <= LIMIT + 1
         for layer in layers:
             status = os.statvfs(attacked.host.path(layer.target))
             assert (layer.kind, status.f_files, status.f_blocks * status.f_frsize) == ("tmpfs", 2048, 8 << 20)
-        # Nobody else is any the worse.
-        assert attacked.run(image, "id", "-u", user=bob).stdout == b"%d\n" % bob.uid
+        held.communicate()
     finally:
-        attacked.host.run(["pkill", "-KILL", "-x", "-U", str(alice.uid), "sleep"], check=False)
-    wait_until(lambda: attacked.run(image, "true", user=alice, flags=_deep(999), check=False).returncode == 0)
+        _end_sleepers(attacked, image, alice)
+
+
+def test_programs_in_the_background_keep_the_containers_they_are_in(attacked: Node, image: str, alice: User) -> None:
+    try:
+        granted, refused = _fill(attacked, image, alice, IN_ITS_CONTAINER, count=LIMIT + 2)
+        assert b"hpcctr: error[engine-busy]" in refused and b"in use" in refused, refused
+        assert granted <= LIMIT
+    finally:
+        _end_sleepers(attacked, image, alice)
 
 
 def test_more_mount_points_than_a_layer_has_room_for_are_refused_by_name(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from hpcctr.context import read_status
 from hpcctr.engine.members import living_threads, root_upper
-from hpcctr.engine.mounts import MountEntry, read_mounts
+from hpcctr.engine.mounts import MountEntry, cgroup_hierarchies, read_mounts
 from hpcctr.wire import RUN_DIRECTORY
 
 _JOB = re.compile(r"job_[1-9][0-9]*")
@@ -82,20 +82,13 @@ class JobCgroups:
 
     #: The job's directory in each hierarchy.
     directories: Sequence[str]
-    #: Where hierarchies are mounted, by what a line of /proc/PID/cgroup names: a controller or ``name=…`` for version
-    #: 1, nothing for version 2 (cgroups(7)).
+    #: Of :func:`hpcctr.engine.mounts.cgroup_hierarchies`.
     places: Mapping[str, str]
 
     @classmethod
     def of(cls, job: int, mounts: Sequence[MountEntry]) -> JobCgroups:
         """Find them below the hierarchies of a mount table."""
-        places: dict[str, str] = {}
-        for entry in mounts:
-            # A mount over a directory above hides it: it is in the table all the same.
-            if entry.kind not in ("cgroup", "cgroup2") or not os.path.exists(f"{entry.target}/cgroup.procs"):
-                continue
-            for name in entry.super_options if entry.kind == "cgroup" else ("",):
-                places[name] = entry.target
+        places = cgroup_hierarchies(mounts)
         directories = [found for top in sorted(set(places.values())) for found in _find(top, f"job_{job}")]
         return cls(directories=directories, places=places)
 

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MS_RDONLY = 0x1
@@ -103,6 +104,18 @@ def read_mounts(process: int | str = "self") -> list[MountEntry]:
     with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         # One line per "\n": names may hold any other character that str.splitlines() takes for an end.
         return [_entry(line) for line in file.read().split("\n") if line]
+
+
+def cgroup_hierarchies(mounts: Iterable[MountEntry]) -> dict[str, str]:
+    """Where hierarchies of cgroups are mounted, by what a line of /proc/PID/cgroup names: a controller or ``name=…``
+    for version 1, nothing for version 2 (cgroups(7)). What something else is mounted over is none.
+    """
+    tops: dict[str, str] = {}
+    for entry in mounts:
+        if entry.kind in ("cgroup", "cgroup2") and os.path.exists(f"{entry.target}/cgroup.procs"):
+            for name in entry.super_options if entry.kind == "cgroup" else ("",):
+                tops[name] = entry.target
+    return tops
 
 
 def mounted_by(descriptor: int) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hpcctr.engine.mounts import read_mounts
+from hpcctr.engine.mounts import cgroup_hierarchies, read_mounts
 from hpcctr.errand import Errand
 from hpcctr.errors import CallerRefused
 from hpcctr.site import Site
@@ -60,13 +60,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 def _procs_files(pid: int, lines: list[str]) -> Iterator[str]:
     """``cgroup.procs`` for each line of /proc/PID/cgroup (cgroups(7): ``ID:CONTROLLERS:PATH``)."""
-    tops: dict[str, str] = {}
-    for mount in read_mounts():
-        if mount.kind == "cgroup2":
-            tops.setdefault("", mount.target)
-        elif mount.kind == "cgroup":
-            for option in mount.super_options:
-                tops.setdefault(option, mount.target)
+    tops = cgroup_hierarchies(read_mounts())
     for line in lines:
         _, controllers, path = line.split(":", 2)
         top = tops.get(controllers.split(",")[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,12 @@ def served_for_users(place: str) -> list[int | None]:
 @pytest.mark.root
 def test_a_filesystem_that_is_served_for_a_user_is_told_apart_by_the_kernel(tmp_path: Path) -> None:
     assert in_private_mounts(served_for_users, tmp_path) == [61000, None, 0, 61000, 0]
+
+
+def test_a_hierarchy_of_cgroups_that_something_is_mounted_over_is_none() -> None:
+    table = mounts.read_mounts()
+    hidden = [replace(entry, target="/proc/self") for entry in table if entry.kind in ("cgroup", "cgroup2")]
+    places = mounts.cgroup_hierarchies([*hidden, *table])
+    assert places
+    assert places == mounts.cgroup_hierarchies(table)
+    assert all(os.path.exists(f"{top}/cgroup.procs") for top in places.values())

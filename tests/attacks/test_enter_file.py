@@ -66,7 +66,7 @@ def test_a_users_hard_link_to_enter_cannot_be_made(world: World) -> None:
     """fs.protected_hardlinks, as every distribution sets it: of a file that is not one's own and cannot be read."""
     if Path("/proc/sys/fs/protected_hardlinks").read_text() != "1\n":
         pytest.skip("this machine lets everybody link to files of others")
-    directory = world.directory("links")
+    directory = world.directory("linked")
 
     def link() -> int:
         with contextlib.suppress(PermissionError):
@@ -171,9 +171,14 @@ def test_no_system_call_reaches_into_a_waiting_enter(world: World, how: str) -> 
             pidfd = os.pidfd_open(pid)
             # PERF_TYPE_SOFTWARE, of user space only.
             attribute = struct.pack("IIQQQQQ", 1, 112, 0, 0, 0, 0, 1 << 5 | 1 << 6) + bytes(64)
-            call = enter.libc.syscall
+
+            # Whole words: what is passed on the stack (the seventh argument) is no int.
+            def call(*words: int | bytes | ctypes.Array[ctypes.c_char]) -> int:
+                whole = [ctypes.c_long(word) if isinstance(word, int) else word for word in words]
+                return int(enter.libc.syscall(*whole))
+
             node = ctypes.create_string_buffer(8)
-            result = {
+            reaching: dict[str, Callable[[], int]] = {
                 "attach": lambda: enter.libc.ptrace(_PTRACE_ATTACH, pid, 0, 0),
                 "seize": lambda: enter.libc.ptrace(_PTRACE_SEIZE, pid, 0, 0),
                 "readv": lambda: call(_NR_PROCESS_VM_READV, pid, part, 1, part, 1, 0),
@@ -183,7 +188,8 @@ def test_no_system_call_reaches_into_a_waiting_enter(world: World, how: str) -> 
                 "kcmp": lambda: call(_NR_KCMP, pid, os.getpid(), 1, 0, 0),
                 "move_pages": lambda: call(_NR_MOVE_PAGES, pid, 1, part, 0, node, 0),
                 "madvise": lambda: call(_NR_PROCESS_MADVISE, pidfd, part, 1, 20, 0),
-            }[how]()
+            }
+            result = reaching[how]()
             refused = ctypes.get_errno()
             return 0 if result == -1 and refused in (1, 13) else 1
 

@@ -197,9 +197,13 @@ def test_a_table_of_descriptors_that_is_nearly_full_arrives_as_it_is(world: Worl
         for number in range(enter.DESCRIPTOR + 1, 190):
             os.dup2(enter.DESCRIPTOR if number % 2 else 2, number)
 
-    script = "i=110; while [ $i -lt 200 ]; do readlink /proc/$$/fd/$i; i=$((i+1)); done"
+    script = "i=110; while [ $i -lt 200 ]; do echo $i:$(readlink /proc/$$/fd/$i); i=$((i+1)); done"
     ended = world.run(world.plan(["sh", "-c", script]), before=fill)
-    assert [link.partition(":")[0] for link in ended.lines] == ["pipe", "socket"] * 40, ended
+    kinds = {int(line.split(":")[0]): line.split(":")[1] for line in ended.lines}
+    # One of the numbers may have been the pipe by which Python hears of a failed exec, which that closes.
+    wrong = [number for number in range(110, 190) if kinds[number] != ("socket" if number % 2 else "pipe")]
+    assert len(wrong) <= 1 and {kinds[number] for number in wrong} <= {""}, ended
+    assert {kinds[number] for number in range(190, 200)} == {""}
 
 
 # the host, while the command runs

@@ -186,7 +186,7 @@ def test_no_variable_of_an_image_makes_anything_of_hpcctrs_load_or_run_a_file(at
             f"LD_LIBRARY_PATH={place}",
             f"GCONV_PATH={place}",
             f"LOCPATH={place}",
-            f"GLIBC_TUNABLES=glibc.malloc.check=3:glibc.mem.tagging={library}",
+            "GLIBC_TUNABLES=glibc.malloc.check=3:glibc.malloc.perturb=7",
             f"BASH_ENV={script}",
             f"ENV={script}",
             f"PYTHONPATH={place}",

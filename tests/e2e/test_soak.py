@@ -27,8 +27,8 @@ def test_whatever_is_killed_and_restarted_every_caller_gets_the_program_or_a_nam
     assert set(outcome.done.values()) == {2}
     assert {one["kind"] for one in outcome.ended} == set(KINDS)
     # The seed has it that all of this happened: programs that ran, callers that were killed.
-    assert sum(one["status"] == 0 for one in outcome.ended) > 50
-    assert sum(one["status"] == -9 for one in outcome.ended) > 50
+    assert sum(one["status"] == 0 for one in outcome.ended) > 10
+    assert sum(one["status"] == -9 for one in outcome.ended) > 10
 
 
 def test_ordered_restarts_and_reloads_of_the_engine_lose_no_launch(on: Ground) -> None:

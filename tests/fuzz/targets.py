@@ -329,15 +329,12 @@ def _escaped(word: bytes) -> bytes:
 @contextlib.contextmanager
 def _mounted_at_cg(module: ModuleType) -> Iterator[None]:
     """A node whose cgroups (version 2) are at /cg."""
-    entry = mounts.MountEntry(
-        target="/cg", options=frozenset(), super_options=("rw",), propagation=(), kind="cgroup2", source="cgroup"
-    )
-    real = module.read_mounts
-    module.read_mounts = lambda: [entry]  # type: ignore[attr-defined]
+    real = module.cgroup_hierarchies
+    module.cgroup_hierarchies = lambda _: {"": "/cg"}  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        module.read_mounts = real  # type: ignore[attr-defined]
+        module.cgroup_hierarchies = real  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

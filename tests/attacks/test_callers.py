@@ -444,8 +444,10 @@ def test_whoever_speaks_on_a_socket_speaks_for_who_connected(
     assert "inside" not in said
     pid, answered = said.split("\n")[0].split()
     assert answered == "granted"
+    # It is written down once the session is over.
+    wait_until(lambda: f" pid={pid} " in asked.engine.log())
     lines = [line for line in asked.engine.log().splitlines() if f" pid={pid} " in line]
-    assert lines and all(f" uid={alice.uid} gid={alice.gid} " in line for line in lines)
+    assert all(f" uid={alice.uid} gid={alice.gid} " in line for line in lines)
 
 
 def test_a_namespace_that_another_process_of_the_callers_catches_opens_nothing(

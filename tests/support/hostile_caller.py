@@ -115,6 +115,8 @@ def with_number(number, work):
     raise SystemExit("the number could not be had again")
 """
 
+NUMBER_IS_GONE = b"the number could not be had again"
+
 REFUSED = "refused caller-refused\n"
 """What an attack says that asked and was refused for who it is."""
 
@@ -157,9 +159,12 @@ def attack(
     node: Node, user: User, code: str, packet: bytes, *words: str, as_root: bool = False, prefix: tuple[str, ...] = ()
 ) -> str:
     """What an attack prints, `code` run by ``user``, or by root with ``user`` as the account to take."""
-    done = node.host.run(
-        [*prefix, *argv(node, user, code, packet, *words)], user=None if as_root else user, cwd="/", check=False
-    )
+    command = [*prefix, *argv(node, user, code, packet, *words)]
+    for _ in range(5):
+        done = node.host.run(command, user=None if as_root else user, cwd="/", check=False)
+        # Another process of the machine's has taken the number, and keeps it: with another number, then.
+        if NUMBER_IS_GONE not in done.stderr:
+            break
     return done.stdout.decode() + (done.stderr.decode() if done.returncode not in (0, 126) else "")
 
 

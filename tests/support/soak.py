@@ -55,7 +55,8 @@ _POLICIES = (
 )
 #: What a caller may be told because of a disturbance: never anything else.
 EXPECTED = {
-    "engine-kill": {"no-engine", "store"},
+    # protocol: enter has asked, and nobody is there to answer any more.
+    "engine-kill": {"no-engine", "store", "protocol"},
     "containerd-stop": {"no-containerd", "containerd", "deadline"},
     "containerd-kill": {"no-containerd", "containerd", "deadline", "container-not-found"},
     "policy": {"policy-denied", "policy-unusable"},

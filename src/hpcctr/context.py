@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from hpcctr.errors import CallerRefused, CallerTraced, NoNewPrivileges
+from hpcctr.proc import read_lines
 from hpcctr.processor import machine as machine
 
 #: getsockopt values of include/uapi/asm-generic/socket.h that Python's socket module does not name.
@@ -133,9 +134,9 @@ class Caller:
 
 def read_status(pid: int) -> dict[str, str]:
     """/proc/PID/status by name (proc(5)). Raises OSError when there is no such process."""
-    # Lines end with "\n" alone: a process may have a carriage return in its name, and the kernel shows it as it is.
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace", newline="\n") as file:
-        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+    return {
+        name: value.strip() for name, _, value in (line.partition(":") for line in read_lines(f"/proc/{pid}/status"))
+    }
 
 
 def _peer_groups(peer: socket.socket, pid: int) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hpcctr.errors import HpcctrError
+
 #: Everything of the engine's that is not the store; only root can make it. enter is compiled for the socket's name.
 RUN_DIRECTORY = "/run/hpcctr"
 ENGINE_SOCKET = "/run/hpcctr/engine.sock"
@@ -81,6 +83,12 @@ class Frame:
                 hint="fewer or shorter mount targets, or a smaller environment in the image",
             )
         return packet
+
+    @classmethod
+    def of_error(cls, error: HpcctrError) -> Frame:
+        """An error as an answer: its texts at a length that fits, without what a frame cannot hold."""
+        texts = (("slug", error.slug), ("message", error.message), ("hint", error.hint))
+        return cls("error", [(key, text.replace("\0", "?").encode(errors="replace")[:4000]) for key, text in texts])
 
     @classmethod
     def unpack(cls, untrusted_packet: bytes) -> Frame:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import msgspec
 
-from hpcctr import context, lockfile
+from hpcctr import context, lockfile, proc
 from hpcctr.client import connect
 from hpcctr.engine import accounts, job, members, mounts
 from hpcctr.errand import Errand, Failed, Said
@@ -281,7 +281,7 @@ def mount_table(data: bytes) -> None:
     theirs += b" rw," + _escaped(option + rest)
     root = b"30 1 0:30 / / ro,relatime - overlay hpcctr ro,lowerdir=/l,upperdir=/run/hpcctr/upper/1,workdir=/w"
     table = root + b"\n" + theirs + b"\n"
-    with _fed(mounts, table):
+    with _fed(proc, table):
         entries = mounts.read_mounts()
     assert [os.fsencode(entry.target) for entry in entries] == [b"/", b"/" + target]
     assert os.fsencode(entries[1].source) == source and os.fsencode(entries[1].kind) == kind
@@ -300,7 +300,7 @@ def proc_of_process(data: bytes) -> None:
     status = (
         b"Name:\t" + shown + b"\nUmask:\t0022\nState:\tS (sleeping)\nUid:\t1\t1\t1\t1\nCapEff:\t0\nNoNewPrivs:\t1\n"
     )
-    with _fed(context, status):
+    with _fed(proc, status):
         words = context.read_status(1)
     assert (words["State"], words["Uid"], words["NoNewPrivs"]) == ("S (sleeping)", "1\t1\t1\t1", "1")
     with _fed(job, b"7 (" + name + b") S 1 " + b" ".join(b"%d" % number for number in range(5, 60)) + b"\n"):
@@ -308,12 +308,12 @@ def proc_of_process(data: bytes) -> None:
     part = data.replace(b"\0", b"").replace(b"\n", b"").replace(b"/", b"")[:255]
     cgroups = job.JobCgroups(directories=["/cg/slurm/uid_1/job_7"], places={"": "/cg"})
     for path, is_in in ((b"/slurm/uid_1/job_7/" + part, True), (b"/user/" + part, False)):
-        with _fed(job, b"0::" + path + b"\n"):
+        with _fed(proc, b"0::" + path + b"\n"):
             assert cgroups.have(1) is is_in
         with _fed(members, b"0::" + path + b"\n"):
             assert members.is_anchor(1) is (re.fullmatch(rb"hpcctr-[0-9a-f]{32}-[0-9a-f]{8}", part) is not None)
     # Where the storekeeper of a process in that cgroup is put.
-    with _fed(storekeeper_job, b"0::/user/" + part + b"\n"), _mounted_at_cg(storekeeper_job):
+    with _fed(proc, b"0::/user/" + part + b"\n"), _mounted_at_cg(storekeeper_job):
         try:
             place = storekeeper_job.Place.of_process(os.getpid())
         except CallerRefused:
@@ -329,12 +329,12 @@ def _escaped(word: bytes) -> bytes:
 @contextlib.contextmanager
 def _mounted_at_cg(module: ModuleType) -> Iterator[None]:
     """A node whose cgroups (version 2) are at /cg."""
-    real = module.cgroup_hierarchies
-    module.cgroup_hierarchies = lambda _: {"": "/cg"}  # type: ignore[attr-defined]
+    real = module.cgroup_hierarchies, module.read_mounts
+    module.cgroup_hierarchies, module.read_mounts = lambda _: {"": "/cg"}, list  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        module.cgroup_hierarchies = real  # type: ignore[attr-defined]
+        module.cgroup_hierarchies, module.read_mounts = real  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcctr.errors import ProtocolBroken
+from hpcctr.errors import DeadlinePassed, ProtocolBroken
 from hpcctr.wire import FRAME_MAX, Frame
 
 KEYS = st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1, max_size=12)
@@ -69,3 +69,9 @@ def test_a_repeated_key_is_not_one_value() -> None:
     with pytest.raises(ProtocolBroken):
         frame.one("image", b"default")
     assert frame.every("image") == [b"a", b"b"]
+
+
+def test_any_error_becomes_an_answer() -> None:
+    frame = Frame.of_error(DeadlinePassed("a\0b\ud800" + "x" * 9000, hint=""))
+    assert Frame.unpack(frame.pack()).text("message").startswith("a?b?")
+    assert (frame.verb, frame.text("slug")) == ("error", "deadline")

@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpcctr.engine.log import log
 from hpcctr.errors import CallerRefused, DeadlinePassed, EngineUnreachable, HpcctrError, ProtocolBroken, of_slug
 from hpcctr.wire import FRAME_MAX, RUN_DIRECTORY, Frame
 
@@ -76,8 +76,7 @@ def _answer(peer: socket.socket, nodes: NodeContainers) -> None:
         try:
             answer = _done(peer, nodes)
         except HpcctrError as error:
-            texts = (("slug", error.slug), ("message", error.message), ("hint", error.hint))
-            answer = Frame("error", [(key, text.encode(errors="replace")) for key, text in texts])
+            answer = Frame.of_error(error)
         peer.sendall(answer.pack())
 
 
@@ -95,11 +94,7 @@ def _done(peer: socket.socket, nodes: NodeContainers) -> Frame:
     frame.require_keys(frozenset())
     removed, unfinished = nodes.remove_idle(seconds=_REMOVE_SECONDS)
     if removed or unfinished:
-        print(
-            f"hpcctr-engine: removed {len(removed)} idle containers, {len(unfinished)} unfinished, for pid={pid}",
-            file=sys.stderr,
-            flush=True,
-        )
+        log(f"removed {len(removed)} idle containers, {len(unfinished)} unfinished, for pid={pid}")
     return Frame(
         _ANSWER,
         [

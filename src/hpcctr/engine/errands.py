@@ -37,6 +37,7 @@ from hpcctr.image.shelves import is_shared_name
 from hpcctr.policy import account
 from hpcctr.policy.decide import allowing
 from hpcctr.policy.load import load
+from hpcctr.proc import read_lines
 from hpcctr.site import Site
 from hpcctr.storekeeper.job import Place
 from hpcctr.storekeeper.start import Storekeeper, require_owner, start
@@ -52,7 +53,7 @@ _LOOK_SECONDS = 0.25
 _OUTCOME_MAX = 65536
 
 #: A job's cgroup, as Slurm's plug-ins name it in both versions of cgroups.
-_JOB = re.compile(r"/job_[0-9]+(/|$)", re.MULTILINE)
+_JOB = re.compile(r"/job_[0-9]+(/|$)")
 
 _Outcome = Pulled | Ended | Failed
 
@@ -193,8 +194,7 @@ class Errands:
 def _is_in_job(pid: int) -> bool:
     """Whether a process is in a job of Slurm's, by its cgroups. Raises :class:`CallerRefused`."""
     try:
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            return _JOB.search(file.read()) is not None
+        return any(_JOB.search(line) for line in read_lines(f"/proc/{pid}/cgroup"))
     except OSError:
         raise CallerRefused(f"pid {pid} has ended") from None
 

@@ -17,7 +17,6 @@ import os
 import select
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -27,11 +26,13 @@ from dataclasses import dataclass, field
 from hpcctr.context import Caller
 from hpcctr.engine import session
 from hpcctr.engine.errands import Errands
+from hpcctr.engine.log import log
 from hpcctr.engine.nodes import NodeContainers
-from hpcctr.engine.overdue import Overdue, Watched, error_frame
+from hpcctr.engine.overdue import Overdue, Watched
 from hpcctr.engine.pace import Pace
 from hpcctr.errors import EngineBusy, HpcctrError
 from hpcctr.site import Site
+from hpcctr.wire import Frame
 
 #: Seconds until the next attempt when no session can begin.
 _RELIEF_SECONDS = 0.1
@@ -99,7 +100,7 @@ class Gateway:
                 continue
             except OSError as error:
                 # Out of descriptors or memory: sessions that end give some back.
-                print(f"hpcctr-engine: no session can begin: {error.strerror}", file=sys.stderr, flush=True)
+                log(f"no session can begin: {error.strerror}")
                 time.sleep(_RELIEF_SECONDS)
                 continue
             self._admit(peer)
@@ -144,7 +145,7 @@ class Gateway:
                 if not _starts(threading.Thread(target=self._work, args=(user, connection), daemon=True)):
                     # They go on waiting, for a thread that ends or for whoever connects next.
                     user.line.appendleft(connection)
-                    print("hpcctr-engine: no session can begin: out of threads", file=sys.stderr, flush=True)
+                    log("no session can begin: out of threads")
                     return
                 self._count(user, 1)
 
@@ -211,11 +212,9 @@ class Gateway:
                     break
                 peer = user.surplus.popleft()
             with peer, contextlib.suppress(OSError):
-                peer.sendall(error_frame(self._busy(user)).pack())
+                peer.sendall(Frame.of_error(self._busy(user)).pack())
             refused += 1
-        print(
-            f"hpcctr-engine: refused uid={user.uid} connections={refused} slug=engine-busy", file=sys.stderr, flush=True
-        )
+        log(f"refused uid={user.uid} connections={refused} slug=engine-busy")
 
     def _busy(self, user: _User) -> EngineBusy:
         return EngineBusy(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hpcctr.context import read_status
 from hpcctr.engine.members import living_threads, root_upper
 from hpcctr.engine.mounts import MountEntry, cgroup_hierarchies, read_mounts
+from hpcctr.proc import read_lines
 from hpcctr.wire import RUN_DIRECTORY
 
 _JOB = re.compile(r"job_[1-9][0-9]*")
@@ -107,9 +108,7 @@ class JobCgroups:
     def have(self, thread: int) -> bool:
         """Whether a thread is in one of them. Raises OSError when it has ended."""
         try:
-            # No name of a cgroup has a line feed; any other character may be in one that was given to a user.
-            with open(f"/proc/{thread}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                lines = file.read().split("\n")
+            lines = read_lines(f"/proc/{thread}/cgroup")
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise

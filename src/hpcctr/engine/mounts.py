@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hpcctr.proc import read_lines
+
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
@@ -101,9 +103,7 @@ class MountEntry:
 
 def read_mounts(process: int | str = "self") -> list[MountEntry]:
     """The mount table a process sees, in the kernel's order. Raises OSError when the process has ended."""
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        # One line per "\n": names may hold any other character that str.splitlines() takes for an end.
-        return [_entry(line) for line in file.read().split("\n") if line]
+    return [_entry(line) for line in read_lines(f"/proc/{process}/mountinfo") if line]
 
 
 def cgroup_hierarchies(mounts: Iterable[MountEntry]) -> dict[str, str]:
@@ -124,8 +124,7 @@ def mounted_by(descriptor: int) -> int | None:
     """
     with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
         number = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        line = next((line for line in file.read().split("\n") if line.startswith(f"{number} ")), None)
+    line = next((line for line in read_lines("/proc/self/mountinfo") if line.startswith(f"{number} ")), None)
     if line is None:
         return None
     entry = _entry(line)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from hpcctr.context import Caller
 from hpcctr.engine.adopt import clear_after_direct_engines, places_of_direct_engines, survivors
 from hpcctr.engine.deadline import all_within
 from hpcctr.engine.imagemount import ImageMounts, name_of_mount
+from hpcctr.engine.log import log
 from hpcctr.engine.members import Members, members_in_proc
 from hpcctr.engine.neighbour import require_common_mounts
 from hpcctr.engine.node import LABEL_OWNER, NodeBuilder, NodeContainer
@@ -389,7 +389,7 @@ class NodeContainers:
             try:
                 take_down(name)
             except OSError as error:
-                print(f"hpcctr-engine: {name} cannot be unmounted: {error.strerror}", file=sys.stderr, flush=True)
+                log(f"{name} cannot be unmounted: {error.strerror}")
                 self._retry_later()
         with self._lock:
             self._leaving.discard(leaving.container_id)

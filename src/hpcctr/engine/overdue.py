@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 
+from hpcctr.engine.log import log
 from hpcctr.errors import HpcctrError
 from hpcctr.wire import Frame
 
@@ -75,15 +75,9 @@ class Overdue:
 def _answer(watched: Watched) -> None:
     watched.is_answered = True
     error = watched.error()
-    print(f"hpcctr-engine: overdue slug={error.slug} reason={error.message!r}", file=sys.stderr, flush=True)
+    log(f"overdue slug={error.slug} reason={error.message!r}")
     # Gone, or does not read: then there is nobody to tell.
     with contextlib.suppress(OSError):
-        os.write(watched.peer.fileno(), error_frame(error).pack())
+        os.write(watched.peer.fileno(), Frame.of_error(error).pack())
     with contextlib.suppress(OSError):
         watched.peer.shutdown(socket.SHUT_RDWR)
-
-
-def error_frame(error: HpcctrError) -> Frame:
-    """An error as the engine's answer."""
-    texts = (("slug", error.slug), ("message", error.message), ("hint", error.hint))
-    return Frame("error", [(key, text.replace("\0", "?").encode(errors="replace")[:4000]) for key, text in texts])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from hpcctr.context import read_status
-from hpcctr.engine.mounts import read_mounts, unmount
+from hpcctr.engine.mounts import cgroup_hierarchies, read_mounts, unmount
 from hpcctr.spec.linux import cgroup_of
 
 #: Where shims have runc and crun keep their state (containerd, pkg/process, RuncRoot), by containerd's namespace.
@@ -84,9 +84,9 @@ def _clear_runtime_state(container_id: str, runtime: str) -> None:
 
 
 def _cgroups_of(container_id: str) -> Iterator[str]:
-    for entry in read_mounts():
-        directory = entry.target + cgroup_of(container_id)
-        if entry.kind in ("cgroup", "cgroup2") and os.path.isdir(directory):
+    for top in set(cgroup_hierarchies(read_mounts()).values()):
+        directory = top + cgroup_of(container_id)
+        if os.path.isdir(directory):
             yield directory
 
 

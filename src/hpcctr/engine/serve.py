@@ -12,7 +12,6 @@ import resource
 import signal
 import socket
 import stat
-import sys
 from collections.abc import Callable
 
 import msgspec
@@ -20,6 +19,7 @@ import msgspec
 from hpcctr.containerd import Containerd
 from hpcctr.engine import control
 from hpcctr.engine.gateway import Gateway, refuse_descriptors
+from hpcctr.engine.log import log
 from hpcctr.engine.nodes import NodeContainers
 from hpcctr.engine.rights import require_capabilities
 from hpcctr.errors import CallerRefused, ContainerdUnavailable, EngineBusy, HpcctrError, StoreUnusable
@@ -65,11 +65,11 @@ def serve(load: Callable[[], Site]) -> int:
         nodes.adopt()
     except ContainerdUnavailable as error:
         # Boot order is nobody's promise; every launch tries again.
-        _log(f"{error}; going on without it")
+        log(f"{error}; going on without it")
     control.serve(own_listener(control.CONTROL_SOCKET, mode=0o600), nodes)
 
     gateway = Gateway(site, nodes)
-    _log(f"listening on {ENGINE_SOCKET}, store {site.store}")
+    log(f"listening on {ENGINE_SOCKET}, store {site.store}")
     _tell_systemd_that_it_is_ready()
     gateway.accept(listener, bell)
     while not _rings_for_the_end(bell):
@@ -77,7 +77,7 @@ def serve(load: Callable[[], Site]) -> int:
         gateway.accept(listener, bell)
     # Who connects meanwhile is the next engine's when the socket is systemd's, and else asks again.
     if left := gateway.drain(_DRAIN_SECONDS):
-        _log(f"ending with {left} sessions under way")
+        log(f"ending with {left} sessions under way")
     listener.close()
     nodes.close(remove=False)
     return 0
@@ -88,19 +88,15 @@ def _settled(site: Site, load: Callable[[], Site], gateway: Gateway, nodes: Node
     try:
         new = load()
     except HpcctrError as error:
-        _log(f"the site file is not taken, all stays as it was: {error}")
+        log(f"the site file is not taken, all stays as it was: {error}")
         return site
     kept = {key: getattr(site, key) for key in _UNTIL_RESTART}
     later = [key.replace("_", "-") for key in _UNTIL_RESTART if getattr(new, key) != kept[key]]
     settled = msgspec.structs.replace(new, **kept)
     nodes.settle(settled)
     gateway.settle(settled)
-    _log("site file read again" + (f"; {', '.join(later)} after a restart, which ends no program" if later else ""))
+    log("site file read again" + (f"; {', '.join(later)} after a restart, which ends no program" if later else ""))
     return settled
-
-
-def _log(text: str) -> None:
-    print(f"hpcctr-engine: {text}", file=sys.stderr, flush=True)
 
 
 def _tell_systemd_that_it_is_ready() -> None:

@@ -13,15 +13,15 @@ import contextlib
 import os
 import socket
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
 from hpcctr.engine.errands import Errands
+from hpcctr.engine.log import log
 from hpcctr.engine.nodes import NodeContainers
-from hpcctr.engine.overdue import Overdue, error_frame
+from hpcctr.engine.overdue import Overdue
 from hpcctr.enter.install import enter_problem
 from hpcctr.errand import Errand
 from hpcctr.errors import CallerRefused, DeadlinePassed, EnterUnusable, HpcctrError, ProtocolBroken
@@ -140,7 +140,6 @@ def _in_time(door: Door, peer: socket.socket, caller: Caller) -> Iterator[_Stage
         yield stage
         return
     watched = door.overdue.watch(peer, PREPARE_PATIENCE, overdue)
-    is_in_time = False
     try:
         yield stage
     finally:
@@ -193,7 +192,7 @@ def _run_errand(door: Door, peer: socket.socket, caller: Caller, errand: Errand)
 def refuse(door: Door, peer: socket.socket, caller: Caller, error: HpcctrError) -> None:
     """Answer a request with an error."""
     _audit(door, "refused", caller, error=error)
-    _try_to_send(peer, error_frame(error).pack())
+    _try_to_send(peer, Frame.of_error(error).pack())
 
 
 def _hand_over(door: Door, peer: socket.socket, caller: Caller, way: _Way, enter: os.stat_result) -> None:
@@ -299,7 +298,7 @@ def _audit(
     if not door.is_gateway:
         return
     who = f"uid={caller.uid} gid={caller.gid} pid={caller.pid} auid={_audit_id(caller)}"
-    line = [f"hpcctr-engine: {outcome} {who}", *filter(None, [words])]
+    line = [f"{outcome} {who}", *filter(None, [words])]
     if grant is not None:
         line.append(
             f"image={grant.image.policy_name!r} digest={grant.image.record.digest} because={grant.image.because!r} "
@@ -309,7 +308,7 @@ def _audit(
             line.append(f"shared={grant.image.name!r}")
     if error is not None:
         line.append(f"slug={error.slug} reason={error.message!r}")
-    print(" ".join(line), file=sys.stderr, flush=True)
+    log(" ".join(line))
 
 
 def _audit_id(caller: Caller) -> str:

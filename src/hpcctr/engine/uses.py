@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 
+from hpcctr.engine.log import log
 from hpcctr.errors import HpcctrError, ImageNotInStore
 from hpcctr.image.shelves import as_owner
 from hpcctr.image.stale import looked_up_again
@@ -170,8 +170,4 @@ class Uses:
             return
         self._is_told = True
         reason = error.message if isinstance(error, HpcctrError) else error.strerror or str(error)
-        print(
-            f"hpcctr-engine: uses of images are not marked in the store: {reason}; hpcctr doctor",
-            file=sys.stderr,
-            flush=True,
-        )
+        log(f"uses of images are not marked in the store: {reason}; hpcctr doctor")

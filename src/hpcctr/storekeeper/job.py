@@ -11,6 +11,7 @@ import msgspec
 from hpcctr.engine.mounts import cgroup_hierarchies, read_mounts
 from hpcctr.errand import Errand
 from hpcctr.errors import CallerRefused
+from hpcctr.proc import read_lines
 from hpcctr.site import Site
 
 
@@ -27,11 +28,8 @@ class Place:
     def of_process(cls, pid: int) -> Place:
         """The place of a process whose pidfd is held. Raises :class:`CallerRefused`."""
         try:
-            # Lines end with "\n" alone: names of cgroups that users make may hold what else ends a line in Python.
-            with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                lines = file.read().removesuffix("\n").split("\n")
             return cls(
-                cgroups=tuple(_procs_files(pid, lines)),
+                cgroups=tuple(_procs_files(pid, read_lines(f"/proc/{pid}/cgroup"))),
                 niceness=os.getpriority(os.PRIO_PROCESS, pid),
                 processors=tuple(sorted(os.sched_getaffinity(pid))),
             )

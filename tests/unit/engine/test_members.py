@@ -23,6 +23,7 @@ from hpcctr.engine.members import (
 )
 from hpcctr.engine.mounts import MountEntry
 from tests.support.polling import wait_until
+from tests.support.processes import ENDED_LEADER
 
 
 @pytest.fixture
@@ -116,20 +117,8 @@ def test_this_process_is_in_no_container() -> None:
     assert not is_anchor(os.getpid())
 
 
-#: A thread prints a line and waits for the end of its input; the leader has ended before.
-LEADER_ENDS = """
-import ctypes, os, sys, threading
-def work():
-    print(flush=True)
-    sys.stdin.read()
-    os._exit(0)
-threading.Thread(target=work).start()
-ctypes.CDLL(None).pthread_exit(None)
-"""
-
-
 def test_of_a_process_whose_leader_has_ended_the_other_threads_live() -> None:
-    argv = [sys.executable, "-IS", "-c", LEADER_ENDS]
+    argv = [sys.executable, "-IS", "-c", ENDED_LEADER]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"\n"
         wait_until(lambda: "Z (zombie)" in Path(f"/proc/{process.pid}/status").read_text())

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hpcctr.context import Caller, machine
 from hpcctr.engine.nodes import NodeContainer, NodeContainers
 from hpcctr.engine.view import View
 from hpcctr.host import edits
 from hpcctr.image import shelves
-from hpcctr.image.record import Platform
+from hpcctr.image.record import Platform, StoredImage
 from hpcctr.policy import account
 from hpcctr.policy.aliases import other_names
 from hpcctr.policy.decide import decide
 from hpcctr.policy.grant import Grant
 from hpcctr.policy.load import load
-from hpcctr.request import ExecRequest, LaunchRequest
+from hpcctr.policy.rules import Rule
+from hpcctr.request import ExecRequest, LaunchRequest, Target
 from hpcctr.site import Site
 
 
@@ -28,17 +31,8 @@ def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
         gids=(caller.gid, *caller.groups),
         as_of=request.as_of,
     )
-    return decide(
-        rules,
-        caller=caller,
-        user_names=account.names_for(rules, caller),
-        image=image,
-        other_names=other_names(rules, site.store, image),
-        edits=edits.of_site(site),
-        targets=request.targets_with(site.carry),
-        # What the site adds, nobody has to be allowed.
-        asked_targets=request.targets,
-    )
+    # What the site adds, nobody has to be allowed.
+    return _decided(rules, caller, site, image, targets=request.targets_with(site.carry), asked_targets=request.targets)
 
 
 def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Grant:
@@ -47,6 +41,18 @@ def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Gran
     image = shelves.image_known_as(
         site.store, caller.uid, view.place.image_digest, request.image, gids=(caller.gid, *caller.groups)
     )
+    return _decided(rules, caller, site, image, targets=(), asked_targets=())
+
+
+def _decided(
+    rules: Sequence[Rule],
+    caller: Caller,
+    site: Site,
+    image: StoredImage,
+    *,
+    targets: Sequence[Target],
+    asked_targets: Sequence[Target],
+) -> Grant:
     return decide(
         rules,
         caller=caller,
@@ -54,7 +60,8 @@ def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Gran
         image=image,
         other_names=other_names(rules, site.store, image),
         edits=edits.of_site(site),
-        targets=(),
+        targets=targets,
+        asked_targets=asked_targets,
     )
 
 

@@ -68,10 +68,10 @@ def read(file: str | None) -> Checked:
     is_root = os.geteuid() == 0
     if file is not None and Path(file).is_dir():
         rules = load.load(os.path.abspath(file), root_owned=is_root)  # noqa: PTH100
-        return Checked(what=f"{file}: a policy directory, {len(rules)} rules", rules=rules, site=_node_site())
+        return Checked(what=f"{file}: a policy directory, {len(rules)} rules", rules=rules, site=Site.of_this_process())
     if file is not None and _is_policy(Path(file)):
         rules = load.load_file(file, root_owned=is_root)
-        return Checked(what=f"{file}: a policy file, {len(rules)} rules", rules=rules, site=_node_site())
+        return Checked(what=f"{file}: a policy file, {len(rules)} rules", rules=rules, site=Site.of_this_process())
     site = Site.load(file, root_owned=is_root)
     rules = load.load(site.policy_directory, root_owned=is_root)
     return Checked(
@@ -81,13 +81,14 @@ def read(file: str | None) -> Checked:
 
 def show(checked: Checked, format: Format) -> None:  # noqa: A002
     """Print the rules in deciding order, and what of them can never decide."""
-    by = {id(rule): earlier for rule, earlier in shadowed(checked.rules)}
+    never = list(shadowed(checked.rules))
+    by = {id(rule): earlier for rule, earlier in never}
     rows = [_row(rule, by.get(id(rule))) for rule in checked.rules]
     if format is Format.TABLE:
         print_rows([{key: _cell(row[key]) for key in _COLUMNS} for row in rows], _COLUMNS, format)
     else:
         print_rows(rows, _COLUMNS, format)
-    for rule, earlier in shadowed(checked.rules):
+    for rule, earlier in never:
         say(printable(f"warning: {rule.label} never decides: {earlier.label} does before it"))
     say(printable(f"{checked.what}, otherwise deny"))
 
@@ -148,10 +149,6 @@ def _is_policy(path: Path) -> bool:
         return "rule" in tomllib.loads(text)
     except (ValueError, RecursionError):
         return _RULE_KEY.search(text) is not None
-
-
-def _node_site() -> Site:
-    return Site.of_this_process()
 
 
 def _row(rule: Rule, earlier: Rule | None) -> dict[str, object]:

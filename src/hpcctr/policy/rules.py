@@ -178,6 +178,12 @@ def is_within(path: bytes, top: bytes) -> bool:
     return top == b"/" or path == top or path.startswith(top + b"/")
 
 
+def before_glob(pattern: str) -> str:
+    """The part of a glob that stands for itself; all of it when it has no character of a glob."""
+    ends = [at for at in map(pattern.find, "*?[") if at >= 0]
+    return pattern[: min(ends)] if ends else pattern
+
+
 def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     """Whether a text matches one of several globs (fnmatch(3), ``*`` for every character)."""
     patterns = tuple(patterns)

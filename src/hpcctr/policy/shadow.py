@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from hpcctr.policy.rules import Rule, is_within
-
-_GLOB_CHARACTERS = "*?["
+from hpcctr.policy.rules import Rule, before_glob, is_within
 
 
 def shadowed(rules: Sequence[Rule]) -> Iterator[tuple[Rule, Rule]]:
@@ -62,10 +60,10 @@ def _has_glob(glob: str, other: str) -> bool:
     """Whether ``glob`` certainly matches all that ``other`` does."""
     if glob in ("*", other):
         return True
-    if not any(char in other for char in _GLOB_CHARACTERS):
+    literal = before_glob(other)
+    if literal == other:
         return fnmatchcase(other, glob)
     beginning = glob.removesuffix("*")
-    if beginning == glob or any(char in beginning for char in _GLOB_CHARACTERS):
+    if beginning == glob or before_glob(beginning) != beginning:
         return False
-    ends = [at for at in map(other.find, _GLOB_CHARACTERS) if at >= 0]
-    return other[: min(ends)].startswith(beginning)
+    return literal.startswith(beginning)

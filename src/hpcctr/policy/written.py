@@ -15,7 +15,7 @@ import msgspec
 
 from hpcctr.errors import PolicyUnusable, ReferenceWrong
 from hpcctr.image.reference import ImageRef, is_digest
-from hpcctr.policy.rules import PRIVATE, Rule
+from hpcctr.policy.rules import PRIVATE, Rule, before_glob
 
 #: Of one file.
 BYTES_MAX = 1 << 20
@@ -24,7 +24,6 @@ RULES_MAX = 1000
 _NAME_MAX = 128
 _ENTRIES_MAX = 1000
 _ENTRY_MAX = 4096
-_GLOB_CHARACTERS = "*?["
 
 _Entries: TypeAlias = tuple[str, ...]
 
@@ -140,7 +139,7 @@ def _user_problem(user: str) -> str:
 
 def _image_problem(pattern: str) -> str:
     """Names of images have registry and tag; what only reads as if it meant an image would never match."""
-    literal = _before_glob(pattern)
+    literal = before_glob(pattern)
     name = pattern.removeprefix(PRIVATE)
     if literal == pattern:
         canonical = _canonical(name)
@@ -183,12 +182,6 @@ def _target_problem(target: str) -> str:
 
 def _no_problem(_: str) -> str:
     return ""
-
-
-def _before_glob(pattern: str) -> str:
-    """The part of a glob that stands for itself."""
-    ends = [at for at in map(pattern.find, _GLOB_CHARACTERS) if at >= 0]
-    return pattern[: min(ends)] if ends else pattern
 
 
 def _refuse(where: str, problem: str, *, remedy: str) -> NoReturn:

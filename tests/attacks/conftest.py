@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import enter
+from tests.support.hostile_caller import asked_node, requests_of
+from tests.support.node import Node
 from tests.support.scratch import scratch
+from tests.support.users import User
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,17 @@ def systemd_like_world() -> Iterator[enter.World]:
         before = made.own_mounts()
         yield made
         made.require_nothing_left(before)
+
+
+@pytest.fixture(scope="module")
+def asked(busybox_image: str) -> Iterator[Node]:
+    """A node of its own: what these tests send its engine is nobody else's."""
+    with asked_node(busybox_image) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def requests(asked: Node, alice: User, busybox_image: str) -> Iterator[dict[str, bytes]]:
+    """One request of each verb, all of which alice may make."""
+    with requests_of(asked, alice, busybox_image) as made:
+        yield made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,28 +14,12 @@ from tests.support.hostile_caller import (
     REFUSED,
     all_of,
     answers,
-    asked_node,
     attack,
-    requests_of,
 )
 from tests.support.node import Node
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
-
-
-@pytest.fixture(scope="module")
-def asked(busybox_image: str) -> Iterator[Node]:
-    """A node of its own: what these tests send its engine is nobody else's."""
-    with asked_node(busybox_image) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def requests(asked: Node, alice: User, busybox_image: str) -> Iterator[dict[str, bytes]]:
-    """One request of each verb, all of which alice may make."""
-    with requests_of(asked, alice, busybox_image) as made:
-        yield made
 
 
 # namespaces and roots

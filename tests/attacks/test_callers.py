@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,9 @@ from tests.support.hostile_caller import (
     all_of,
     answers,
     argv,
-    asked_node,
     attack,
     go_on,
     line_of,
-    requests_of,
     started,
     state_of,
     stopped,
@@ -33,20 +30,6 @@ from tests.support.polling import wait_until
 from tests.support.users import User
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
-
-
-@pytest.fixture(scope="module")
-def asked(busybox_image: str) -> Iterator[Node]:
-    """A node of its own: what these tests send its engine is nobody else's."""
-    with asked_node(busybox_image) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def requests(asked: Node, alice: User, busybox_image: str) -> Iterator[dict[str, bytes]]:
-    """One request of each verb, all of which alice may make."""
-    with requests_of(asked, alice, busybox_image) as made:
-        yield made
 
 
 def test_the_client_of_these_attacks_is_served_when_it_behaves(

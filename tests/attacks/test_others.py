@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 from tests.support.engine import HPCCTR
 from tests.support.node import Node, node
 from tests.support.polling import wait_until
-from tests.support.processes import processes
+from tests.support.processes import ENDED_LEADER, processes
 from tests.support.scratch import scratch
 from tests.support.users import User
 
@@ -30,24 +28,6 @@ def shared(busybox_image: str) -> Iterator[Node]:
         started.pull(busybox_image)
         yield started
         assert "Traceback" not in started.engine.log()
-
-
-@contextlib.contextmanager
-def _running(
-    node: Node, user: User, image: str, *words: str, flags: tuple[str, ...] = ()
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a container that runs until its input ends."""
-    process = node.popen(
-        "run", *flags, image, "--", *(words or ("sh", "-c", "echo; exec cat")), user=user, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == b"\n"
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGCONT)
-        process.communicate()
 
 
 def _anchor(node: Node, user: User) -> int:
@@ -78,7 +58,7 @@ def test_ps_shows_nobody_elses_programs_images_or_words(
     shared: Node, alice: User, bob: User, busybox_image: str
 ) -> None:
     secret = "a-word-of-alices"
-    with _running(shared, alice, busybox_image, "sh", "-c", "echo; exec cat", secret) as process:
+    with shared.held(busybox_image, "sh", "-c", "echo; exec cat", secret, user=alice) as process:
         mine = json.loads(shared.hpcctr("ps", "--format", "json", user=alice).stdout)
         assert [row["pid"] for row in mine] == [process.pid]
         for flags in ((), ("--all",)):
@@ -108,7 +88,7 @@ def test_no_answer_to_a_user_depends_on_what_another_runs(
         return found
 
     nobody = answers()
-    with _running(shared, alice, busybox_image):
+    with shared.held(busybox_image, user=alice):
         assert answers() == nobody
 
 
@@ -116,7 +96,7 @@ def test_a_views_mount_table_names_nothing_of_another_users(
     shared: Node, alice: User, bob: User, busybox_image: str
 ) -> None:
     """Neither containers of others nor the engine's directory, which the node's own table does name."""
-    with _running(shared, alice, busybox_image):
+    with shared.held(busybox_image, user=alice):
         (container,) = shared.containerd.containers()
         table = shared.run(busybox_image, "cat", "/proc/self/mountinfo", user=bob).stdout.decode()
         assert container not in table
@@ -133,7 +113,7 @@ def test_hidden_processes_stay_hidden_inside_and_by_way_of_the_engine(
         hidden.pull(busybox_image)
         hidden.host.run(["mount", "-t", "proc", "-o", "hidepid=4", "proc", "/proc"])
         hidden.engine.restart()
-        with _running(hidden, alice, busybox_image) as process:
+        with hidden.held(busybox_image, user=alice) as process:
             assert hidden.hpcctr("exec", str(process.pid), "--", "echo", "mine", user=alice).stdout == b"mine\n"
             (row,) = json.loads(hidden.hpcctr("ps", "--format", "json", user=alice).stdout)
             assert row["pid"] == process.pid
@@ -175,7 +155,7 @@ def test_a_proc_without_anything_but_processes_is_enough_for_a_caller(
 def test_the_owner_of_an_anchor_can_end_it_and_nothing_else(
     shared: Node, alice: User, bob: User, busybox_image: str
 ) -> None:
-    with _running(shared, alice, busybox_image) as process:
+    with shared.held(busybox_image, user=alice) as process:
         anchor = _anchor(shared, alice)
         for user in (alice, bob):
             for name in ("root/", "cwd/", "ns/mnt", "fd/", "mem", "environ", "maps", "exe", "map_files/"):
@@ -200,7 +180,7 @@ def test_the_owner_of_an_anchor_can_end_it_and_nothing_else(
 def test_what_a_user_stops_keeps_nobody_waiting(
     shared: Node, alice: User, bob: User, busybox_image: str, what: str
 ) -> None:
-    with _running(shared, alice, busybox_image) as process:
+    with shared.held(busybox_image, user=alice) as process:
         stopped = _anchor(shared, alice) if what == "anchor" else process.pid
         shared.host.run(["kill", "-STOP", str(stopped)], user=alice)
         for user in (alice, bob):
@@ -226,7 +206,7 @@ def test_a_frozen_program_keeps_nobody_waiting(shared: Node, alice: User, bob: U
         if freezer.name == "freezer"
         else (cgroup / "cgroup.freeze", "1", "0")
     )
-    with _running(shared, alice, busybox_image) as process:
+    with shared.held(busybox_image, user=alice) as process:
         cgroup.mkdir()
         try:
             (cgroup / "cgroup.procs").write_text(str(process.pid))
@@ -256,7 +236,7 @@ def _rmdir(path: Path) -> bool:
 def test_users_can_neither_signal_nor_trace_engine_shims_or_containerd(
     shared: Node, alice: User, busybox_image: str
 ) -> None:
-    with _running(shared, alice, busybox_image):
+    with shared.held(busybox_image, user=alice):
         shims = _shims(shared)
         assert shims
         for pid in (shared.engine.process.pid, shared.containerd.process.pid, *shims):
@@ -275,7 +255,7 @@ def test_no_socket_of_a_shim_or_of_containerd_answers_a_user(shared: Node, alice
         "s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)\n"
         "print(s.connect_ex(sys.argv[1].replace('@', chr(0), 1) if sys.argv[1][0] == '@' else sys.argv[1]))"
     )
-    with _running(shared, alice, busybox_image):
+    with shared.held(busybox_image, user=alice):
         inodes = set()
         for pid in (*_shims(shared), shared.containerd.process.pid):
             for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -299,7 +279,7 @@ def test_no_socket_of_a_shim_or_of_containerd_answers_a_user(shared: Node, alice
 
 def test_what_the_engine_and_containerd_keep_is_roots_to_read(shared: Node, alice: User, busybox_image: str) -> None:
     """Bundles hold the specification, state directories every layer; loop devices hold a private image as a whole."""
-    with _running(shared, alice, busybox_image):
+    with shared.held(busybox_image, user=alice):
         (container,) = shared.containerd.containers()
         task = "io.containerd.runtime.v2.task/hpcctr"
         places = [
@@ -335,7 +315,7 @@ def test_what_a_user_takes_away_below_their_view_is_missing_there_alone(
     shared.host.run(["mkdir", str(meeting / "point"), str(meeting / "data")], user=alice)
     shared.host.run(["touch", str(meeting / "data/file")], user=alice)
     flags = ("-v", str(meeting), "-v", f"{meeting}/data:{meeting}/point")
-    with _running(shared, alice, busybox_image, flags=flags) as process:
+    with shared.held(busybox_image, flags=flags, user=alice) as process:
         seen = shared.hpcctr("exec", str(process.pid), "--", "ls", f"{meeting}/point", user=alice)
         assert seen.stdout == b"file\n"
         shared.host.run(["rmdir", str(meeting / "point")], user=alice)
@@ -346,7 +326,7 @@ def test_what_a_user_takes_away_below_their_view_is_missing_there_alone(
         for user in (alice, bob):
             assert shared.run(busybox_image, "echo", "next", user=user).stdout == b"next\n"
     # Through the root of a program of one's own there is only what one may write anyway.
-    with _running(shared, alice, busybox_image) as process:
+    with shared.held(busybox_image, user=alice) as process:
         for path in ("bin/sh", "etc/passwd", ".hpcctr-anchor", "etc/group"):
             done = shared.host.run(["rm", "-rf", f"/proc/{process.pid}/root/{path}"], user=alice, check=False)
             assert b"Read-only" in done.stderr, path
@@ -356,16 +336,6 @@ def test_what_a_user_takes_away_below_their_view_is_missing_there_alone(
 
 # members that are hard to see
 
-ENDED_LEADER = """
-import ctypes, os, sys, threading
-def work():
-    print(flush=True)
-    sys.stdin.read()
-    os._exit(0)
-threading.Thread(target=work).start()
-ctypes.CDLL(None).pthread_exit(None)
-"""
-
 
 def test_a_program_whose_first_thread_has_ended_keeps_its_container(
     shared: Node, alice: User, debian_tools_image: str
@@ -373,7 +343,7 @@ def test_a_program_whose_first_thread_has_ended_keeps_its_container(
     """Also when the engine is another one by then: a zombie in the table of processes, and not ended."""
     shared.pull(debian_tools_image)
     words = ("python3", "-c", ENDED_LEADER)
-    with _running(shared, alice, debian_tools_image, *words) as process:
+    with shared.held(debian_tools_image, *words, user=alice) as process:
         wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         before = shared.containerd.containers()
         assert len(before) == 1

@@ -242,21 +242,7 @@ def test_no_program_writes_to_the_layer_below_its_root_by_any_door(
     attacked: Node, tools: str, alice: User, desk: Path
 ) -> None:
     attacked.run(tools, "true", user=alice, flags=["-v", f"{desk}:/POINT"])
-    with attacked.popen(
-        "run",
-        "-v",
-        f"{desk}:/POINT",
-        tools,
-        "--",
-        "sh",
-        "-c",
-        "echo; exec cat",
-        user=alice,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as held:
-        assert held.stdout is not None
-        held.stdout.readline()
+    with attacked.held(tools, user=alice, flags=["-v", f"{desk}:/POINT"]) as held:
         line = next(one for one in Path(f"/proc/{held.pid}/mountinfo").read_text().splitlines() if "upperdir=" in one)
         upper = attacked.host.path(line.partition("upperdir=")[2].partition(",")[0])
         rows = [row.split() for row in attacked.containerd.ctr("tasks", "list").splitlines()]
@@ -294,7 +280,6 @@ def test_no_program_writes_to_the_layer_below_its_root_by_any_door(
             attacked.host.run(["sh", "-c", f"echo x >> {path}"], user=alice, check=2)
         attacked.host.run(["rmdir", f"/proc/{held.pid}/root/POINT"], user=alice, check=1)
         assert state() == before
-        held.communicate(timeout=60)
 
 
 # memory

@@ -27,6 +27,7 @@ from tests.support.polling import wait_until
 from tests.support.processes import Process
 from tests.support.scratch import scratch
 from tests.support.users import User
+from tests.support.values import the_document
 from tests.unit.containerd.test_client import fields
 
 pytestmark = [pytest.mark.root, pytest.mark.containerd]
@@ -177,40 +178,8 @@ class Running:
     def document(self) -> dict[str, Any]:
         """The only document there may be."""
         user = self.user
-        return {
-            "ociVersion": "1.0.2",
-            "process": {
-                "user": {"uid": user.uid, "gid": user.gid, "additionalGids": sorted({user.gid, *user.groups})},
-                "args": ["/.hpcctr-anchor"],
-                "env": [],
-                "cwd": "/",
-                "capabilities": {name: [] for name in ("bounding", "effective", "inheritable", "permitted", "ambient")},
-                "noNewPrivileges": True,
-                "oomScoreAdj": 0,
-            },
-            "root": {"path": "rootfs", "readonly": True},
-            "mounts": [
-                {
-                    "destination": "/proc",
-                    "type": "proc",
-                    "source": "proc",
-                    "options": ["nosuid", "nodev", "noexec", "hidepid=2", "subset=pid"],
-                },
-                {
-                    "destination": "/dev",
-                    "type": "tmpfs",
-                    "source": "tmpfs",
-                    "options": ["nosuid", "noexec", "ro", "mode=755", "size=64k"],
-                },
-            ],
-            "linux": {
-                "namespaces": [{"type": "mount"}],
-                "rootfsPropagation": "private",
-                "cgroupsPath": f"/hpcctr-{self.container_id}",
-                "maskedPaths": [],
-                "readonlyPaths": [],
-            },
-        }
+        gids = sorted({user.gid, *user.groups})
+        return the_document(uid=user.uid, gid=user.gid, gids=gids, container_id=self.container_id)
 
 
 @pytest.fixture(scope="module", params=["runc", "crun"])
@@ -221,21 +190,8 @@ def running(request: pytest.FixtureRequest, alice: User) -> Iterator[Running]:
         trap.write_text(f"#!/bin/sh\nid > {sprung}\n")
         trap.chmod(0o755)
         made.hpcctr("pull", "--name", IMAGE, f"oci:{_layout(place / 'layout', trap)}")
-        with made.popen(
-            "run",
-            "-v",
-            "/usr/share:/data,upperdir=/etc,lowerdir=/,redirect_dir=on",
-            IMAGE,
-            "--",
-            "sh",
-            "-c",
-            "echo; exec cat",
-            user=alice,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as program:
-            assert program.stdout is not None
-            assert program.stdout.readline() == b"\n"
+        target = "/data,upperdir=/etc,lowerdir=/,redirect_dir=on"
+        with made.held(IMAGE, user=alice, flags=["-v", f"/usr/share:{target}"]):
             (container_id,) = made.containerd.containers()
             (image,) = (made.site.store / "images").iterdir()
             yield Running(
@@ -247,7 +203,6 @@ def running(request: pytest.FixtureRequest, alice: User) -> Iterator[Running]:
                 sprung=sprung,
                 trap=trap,
             )
-            program.communicate(timeout=20)
 
 
 def _without_empty(value: Any) -> Any:

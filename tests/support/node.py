@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,23 @@ class Node:
     ) -> subprocess.CompletedProcess[bytes]:
         """`hpcctr run FLAGS IMAGE -- COMMAND`."""
         return self.hpcctr("run", *flags, image, "--", *command, user=user, **options)
+
+    @contextlib.contextmanager
+    def held(
+        self, image: str, *command: str, user: User | None = None, flags: Sequence[str] = ()
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """`hpcctr run` of a program that has printed an empty line; its input ends at the end, and so does it."""
+        words = command or ("sh", "-c", "echo; exec cat")
+        process = self.popen(
+            "run", *flags, image, "--", *words, user=user, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
+            process.communicate()
 
     def pull(self, *images: str, user: User | None = None, timeout: float = 300) -> None:
         """`hpcctr pull`, by default as root: what the site offers to everyone."""

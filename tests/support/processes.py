@@ -6,6 +6,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+#: A program of Python's whose first thread ends at once; another prints a line and waits for the end of its input.
+ENDED_LEADER = """
+import ctypes, os, sys, threading
+def work():
+    print(flush=True)
+    sys.stdin.read()
+    os._exit(0)
+threading.Thread(target=work).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:

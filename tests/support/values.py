@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hpcctr.context import Caller
 from hpcctr.image.publish import publish, set_name, workspace
@@ -44,3 +45,41 @@ def publish_for_test(store_path: str, image: StoredImage) -> None:
         file.write_bytes(b"")
         publish(store, image.record, str(file))
     set_name(store, ImageRef.parse(image.name), image.record.platform, image.record.digest)
+
+
+def the_document(*, uid: int, gid: int, gids: list[int], container_id: str) -> dict[str, Any]:
+    """The whole OCI spec of a container, for whatever image and targets: written out, and not taken from the code."""
+    return {
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": {"uid": uid, "gid": gid, "additionalGids": gids},
+            "args": ["/.hpcctr-anchor"],
+            "env": [],
+            "cwd": "/",
+            "capabilities": {name: [] for name in ("bounding", "effective", "inheritable", "permitted", "ambient")},
+            "noNewPrivileges": True,
+            "oomScoreAdj": 0,
+        },
+        "root": {"path": "rootfs", "readonly": True},
+        "mounts": [
+            {
+                "destination": "/proc",
+                "type": "proc",
+                "source": "proc",
+                "options": ["nosuid", "nodev", "noexec", "hidepid=2", "subset=pid"],
+            },
+            {
+                "destination": "/dev",
+                "type": "tmpfs",
+                "source": "tmpfs",
+                "options": ["nosuid", "noexec", "ro", "mode=755", "size=64k"],
+            },
+        ],
+        "linux": {
+            "namespaces": [{"type": "mount"}],
+            "rootfsPropagation": "private",
+            "cgroupsPath": f"/hpcctr-{container_id}",
+            "maskedPaths": [],
+            "readonlyPaths": [],
+        },
+    }

@@ -110,25 +110,23 @@ def test_a_question_nobody_answered_is_asked_again(tmp_path: Path, monkeypatch: 
     path = str(tmp_path / "s")
     questions: list[bytes] = []
 
+    def serve_one(answer: Frame | None) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            bound.set()
+            peer, _ = listener.accept()
+            with peer:
+                questions.append(peer.recv(65536))
+                if answer is not None:
+                    peer.sendall(answer.pack())
+
     def engine() -> None:
         # One that ends with a question unanswered, nobody for a while, and one that has started again.
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(path)
-            listener.listen()
-            bound.set()
-            peer, _ = listener.accept()
-            with peer:
-                questions.append(peer.recv(65536))
+        serve_one(None)
         paused.wait(20)
         os.unlink(path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(path)
-            listener.listen()
-            bound.set()
-            peer, _ = listener.accept()
-            with peer:
-                questions.append(peer.recv(65536))
-                peer.sendall(Frame("granted", [("digest", b"d")]).pack())
+        serve_one(Frame("granted", [("digest", b"d")]))
 
     bound, paused = threading.Event(), threading.Event()
     pauses: list[float] = []

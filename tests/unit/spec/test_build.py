@@ -16,7 +16,7 @@ from hpcctr.image.record import ImageConfig, Platform
 from hpcctr.policy.grant import Grant
 from hpcctr.request import Target
 from hpcctr.spec.build import build_spec
-from tests.support.values import a_caller, a_stored_image
+from tests.support.values import a_caller, a_stored_image, the_document
 
 HOSTILE = ImageConfig(
     env=("LD_PRELOAD=/evil.so",),
@@ -40,40 +40,8 @@ def _grant(**changes: object) -> Grant:
 
 
 def test_the_document_is_this_and_nothing_more() -> None:
-    assert build_spec(_grant(), container_id="0123-ab") == {
-        "ociVersion": "1.0.2",
-        "process": {
-            "user": {"uid": 1000, "gid": 100, "additionalGids": [100, 200]},
-            "args": ["/.hpcctr-anchor"],
-            "env": [],
-            "cwd": "/",
-            "capabilities": {"bounding": [], "effective": [], "inheritable": [], "permitted": [], "ambient": []},
-            "noNewPrivileges": True,
-            "oomScoreAdj": 0,
-        },
-        "root": {"path": "rootfs", "readonly": True},
-        "mounts": [
-            {
-                "destination": "/proc",
-                "type": "proc",
-                "source": "proc",
-                "options": ["nosuid", "nodev", "noexec", "hidepid=2", "subset=pid"],
-            },
-            {
-                "destination": "/dev",
-                "type": "tmpfs",
-                "source": "tmpfs",
-                "options": ["nosuid", "noexec", "ro", "mode=755", "size=64k"],
-            },
-        ],
-        "linux": {
-            "namespaces": [{"type": "mount"}],
-            "rootfsPropagation": "private",
-            "cgroupsPath": "/hpcctr-0123-ab",
-            "maskedPaths": [],
-            "readonlyPaths": [],
-        },
-    }
+    only = the_document(uid=1000, gid=100, gids=[100, 200], container_id="0123-ab")
+    assert build_spec(_grant(), container_id="0123-ab") == only
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from hpcctr.image.conversion import Converter, convert
 from hpcctr.image.progress import ProgressReport
 from hpcctr.image.record import ImageConfig, Platform
 from hpcctr.image.source import LayerBlob, SourceImage
-from tests.support.oci import digest_of, file, tar
+from tests.support.linked_images import library
+from tests.support.oci import digest_of, file, symlink, tar
 from tests.support.polling import wait_until
 from tests.support.scratch import scratch
 from tests.support.users import User
@@ -533,3 +534,62 @@ def test_a_converter_ends_with_a_puller_that_is_killed(puller: tuple[subprocess.
     pids = [supervisor, *descendants(supervisor)]
     process.kill()
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="the end of the converter")
+
+
+# libraries that are made to be read wrongly
+
+
+def bombs() -> list[bytes]:
+    """ELF files that claim all that a header can claim: tables without end, loops of versions, names everywhere."""
+    good = library("libbomb.so.1", "BOMB_1.0", "BOMB_1.1")
+    found = []
+    for at in (32, 40, 54, 56):
+        # e_phoff, e_shoff, e_phentsize, e_phnum
+        claimed = bytearray(good)
+        claimed[at : at + 2] = b"\xff\xff"
+        found.append(bytes(claimed))
+    dynamic = good.index((0x6FFFFFFC).to_bytes(8, "little"))
+    for value in (0, 1 << 63, len(good) - 1):
+        claimed = bytearray(good)
+        claimed[dynamic + 8 : dynamic + 16] = value.to_bytes(8, "little")
+        found.append(bytes(claimed))
+    number = good.index((0x6FFFFFFD).to_bytes(8, "little"))
+    claimed = bytearray(good)
+    claimed[number + 8 : number + 16] = b"\xff" * 8
+    definitions = good.index(b"\x01\x00\x01\x00\x01\x00\x01\x00")
+    # vd_next: the same one again and again.
+    claimed[definitions + 16 : definitions + 20] = bytes(4)
+    found.append(bytes(claimed))
+    texts = (
+        b"\x7fELF" + b"\0" * 60 + b"MPI_Init\0MPICH Version\0" + b"\x001:1:1\0" * 400_000 + b"(PMIx Standard" * 100_000
+    )
+    return [*found, texts, good[:64] + b"\0" * (4 << 20)]
+
+
+def test_libraries_that_are_bombs_cost_no_more_than_their_bytes(place: Path) -> None:
+    names = ("libbomb.so.1", "libmpi.so.12", "libpmix.so.2", "libc.so.6", "libopen-pal.so.40")
+    members = [
+        file(f"usr/lib/{number}/{name}", content)
+        for number, content in enumerate(bombs() * 30)
+        for name in names
+        if len(content) < 1 << 20 or number < 12
+    ]
+    members += [symlink(f"lib/liblink{number}.so.1", f"../usr/lib/{number % 9}/libbomb.so.1") for number in range(5000)]
+    told = b"".join(b"/usr/lib/%d\n" % number for number in range(300))
+    members += [file("etc/ld.so.conf", told + b"include /etc/ld.so.conf\ninclude *\n" * 300)]
+    layer = tar(*members)
+    (place / "layer").write_bytes(layer)
+    image = SourceImage(
+        digest=digest_of(b""),
+        platform=Platform(os="linux", architecture="amd64"),
+        config=ImageConfig(),
+        layers=(LayerBlob(digest=digest_of(layer), size=len(layer), diff_id=digest_of(layer)),),
+    )
+    (place / "workspace").mkdir(mode=0o700)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _, facts = convert(
+        image, lambda _: io.FileIO(place / "layer"), str(place / "workspace"), ProgressReport(lambda _: None)
+    )
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert facts.facts is not None and not facts.facts.libraries
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 20

@@ -90,6 +90,26 @@ def debian_mpi(suite: Suite) -> str:
     return f"oci-archive:{archive}:latest"
 
 
+def wheel_mpi(wheel: str) -> str:
+    """`oci-archive:FILE:latest`, a Debian 13 with Python, mpi4py, in /opt/mpi the MPI of a package of PyPI's, as
+    `mpich==4.3.2`, and tests/programs compiled with it.
+    """
+    recipe, programs = TESTS / "images/wheel-mpi", TESTS / "programs"
+    archive = _built(
+        "images",
+        f"wheel-{wheel.replace('==', '-')}",
+        _digest(recipe, programs, wheel),
+        lambda output: [recipe / "build", wheel, programs, output],
+    )
+    return f"oci-archive:{archive}:latest"
+
+
+def musl() -> str:
+    """`oci:DIRECTORY:latest`, a layout directory with the musl of Debian's package, and nothing else."""
+    recipe = TESTS / "images/musl"
+    return f"oci:{_built('images', 'musl', _digest(recipe), lambda output: [recipe / 'build', output])}:latest"
+
+
 def debian_tools() -> str:
     """`oci-archive:FILE:latest`, a Debian with vim, less, gdb, strace and python3."""
     recipe = TESTS / "images/debian-tools"

@@ -168,7 +168,8 @@ def inspect(
     if format is Format.JSON:
         typer.echo(json.dumps(facts, indent=2))
         return
-    for key, value in _flat(facts):
+    linkage = facts.pop("facts", None)
+    for key, value in [*_flat(facts), *_of_linkage(linkage if isinstance(linkage, dict) else None)]:
         typer.echo(f"{key:22} {printable(str(value))}")
 
 
@@ -211,6 +212,23 @@ def rm(
 
 def _platform(text: str | None) -> Platform | None:
     return platforms.parse(text) if text else None
+
+
+def _of_linkage(known: dict[str, object] | None) -> list[tuple[str, object]]:
+    """What programs of the image meet when they are loaded; one line for each MPI library."""
+    if known is None:
+        return [("libc", "not noted: the image was stored by an earlier hpcctr")]
+    libc = f"{known.get('libc', '')} {known.get('libc_version', '')}".strip()
+    rows: list[tuple[str, object]] = [("libc", libc or "none"), ("loader", known.get("loader") or "none")]
+    rows.append(("libraries", known.get("library_count", 0)))
+    mpi = known.get("mpi")
+    for one in mpi if isinstance(mpi, list | tuple) else ():
+        name = f"{one.get('product') or 'MPI library'} {one.get('version', '')}".strip()
+        words = ", ".join(one.get("pmi", ())) or "an unknown PMI"
+        rows.append(("mpi", f"{name} ({one.get('family')}, {words}) {one.get('path')}"))
+    if known.get("pmix"):
+        rows.append(("pmix", known["pmix"]))
+    return rows
 
 
 def _flat(facts: dict[str, object], prefix: str = "") -> list[tuple[str, object]]:

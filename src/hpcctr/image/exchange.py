@@ -28,15 +28,18 @@ import msgspec
 
 from hpcctr.errors import ConversionFailed, HpcctrError, ImageBroken
 from hpcctr.image.imagefile import store_unusable
+from hpcctr.image.ldsearch import LIBRARIES_MAX, MPI_MAX, TEXT_MAX
+from hpcctr.image.libraryfile import DEFINES_MAX, is_path, is_word
 from hpcctr.image.progress import Stage
+from hpcctr.image.record import ImageFacts
 from hpcctr.image.treestream import ACCOUNTS_MAX, MergeFacts
 
 T = TypeVar("T")
 
 #: Bytes of a frame; a socket takes as much at once whatever its buffers are.
 FRAME_MAX = 1 << 16
-#: Bytes of an answer: passwd and group in base64, and the rest.
-ANSWER_MAX = 2 * (ACCOUNTS_MAX * 4 // 3 + 4) + (1 << 14)
+#: Bytes of an answer: passwd and group in base64, libraries, and the rest.
+ANSWER_MAX = 2 * (ACCOUNTS_MAX * 4 // 3 + 4) + 2 * TEXT_MAX + (1 << 17)
 #: Larger than any number of bytes or entries an image has.
 _NUMBER_MAX = 1 << 48
 _PIECE = 1 << 15
@@ -131,9 +134,26 @@ def parse_facts(untrusted: bytes) -> MergeFacts:
         not all(0 <= number <= _NUMBER_MAX for number in (*changed, facts.content_size))
         or not 1 <= facts.inodes <= facts.entries <= _NUMBER_MAX
         or max(len(facts.passwd), len(facts.group)) > ACCOUNTS_MAX
+        or not (facts.facts is None or _is_plain(facts.facts))
     ):
         raise nonsense()
     return facts
+
+
+def _is_plain(untrusted: ImageFacts) -> bool:
+    """Whether nothing in it is longer, more or stranger than what a converter notes."""
+    libraries, mpi = untrusted.libraries, untrusted.mpi
+    files = [(one.soname, one.path) for one in libraries] + [(one.soname, one.path) for one in mpi]
+    versions = [untrusted.libc_version, untrusted.pmix, *(one.version for one in mpi), *(one.product for one in mpi)]
+    return (
+        len(libraries) <= LIBRARIES_MAX
+        and len(mpi) <= MPI_MAX
+        and all(len(one.defines) <= DEFINES_MAX and all(map(is_word, one.defines)) for one in libraries)
+        and all(is_word(soname) and "/" not in soname and is_path(path) for soname, path in files)
+        and all(version == "" or is_word(version) for version in versions)
+        and all(len(one.pmi) == len(set(one.pmi)) for one in mpi)
+        and (untrusted.loader == "" or is_path(untrusted.loader))
+    )
 
 
 def parse_failure(untrusted: bytes, directory: str) -> HpcctrError:

@@ -15,6 +15,7 @@ import shutil
 import msgspec
 
 from hpcctr.errors import ImageBroken, NameTaken, UsageWrong
+from hpcctr.image.facts import facts_of
 from hpcctr.image.imagefile import open_image_file, store_unusable
 from hpcctr.image.platform import of_this_node
 from hpcctr.image.publish import is_intact, is_kept, publish, set_name, workspace
@@ -58,7 +59,7 @@ def promote(
         with workspace(store) as directory:
             file = f"{directory}/{IMAGE_FILE}"
             _bring(part, image, file)
-            publish(store, record, file)
+            publish(store, record, file, facts_of(image))
     set_name(store, named, record.platform, record.digest, record.source)
     return store.image(record.digest, name=str(named))
 

@@ -20,10 +20,19 @@ import msgspec
 from hpcctr.errors import ImageDamaged, ImageNotInStore, StoreUnusable
 from hpcctr.image import verity
 from hpcctr.image.imagefile import store_unusable
-from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, StoredImage
+from hpcctr.image.record import (
+    FactsRecord,
+    FactsSummary,
+    ImageFacts,
+    ImageRecord,
+    NameEntry,
+    NameRecord,
+    Platform,
+    StoredImage,
+)
 from hpcctr.image.reference import ImageRef, is_digest_or_prefix
 from hpcctr.image.stale import looked_up_again
-from hpcctr.image.store import IMAGE_FILE, RECORD_FILE, SCHEMA, Store
+from hpcctr.image.store import FACTS_FILE, IMAGE_FILE, RECORD_FILE, SCHEMA, Store
 from hpcctr.image.uses import LEAVING, close_gate, has_gate, is_renewed, make_gate, marks
 
 _READABLE = 0o755
@@ -66,8 +75,9 @@ def workspace(store: Store) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
-    """Put an image into the store. ``image_file`` (in a :func:`workspace`) is moved away; its sizes are in ``record``.
+def publish(store: Store, record: ImageRecord, image_file: str, facts: ImageFacts | None = None) -> StoredImage:
+    """Put an image into the store. ``image_file`` (in a :func:`workspace`) is moved away; its sizes are in ``record``,
+    which gets the summary of ``facts``.
 
     Returns what the store has then: the earlier image when the digest was there already, and whole.
     Raises :class:`StoreUnusable`.
@@ -79,7 +89,11 @@ def publish(store: Store, record: ImageRecord, image_file: str) -> StoredImage:
         os.rename(image_file, f"{made}/{IMAGE_FILE}")
         os.chmod(f"{made}/{IMAGE_FILE}", 0o644)
         flush(f"{made}/{IMAGE_FILE}")
-        record = msgspec.structs.replace(record, verity=verity.enable(f"{made}/{IMAGE_FILE}"))
+        summary = None if facts is None else FactsSummary.of(facts)
+        record = msgspec.structs.replace(record, verity=verity.enable(f"{made}/{IMAGE_FILE}"), facts=summary)
+        if facts is not None:
+            about = FactsRecord(schema=SCHEMA, digest=record.digest, facts=facts)
+            write_flushed(f"{made}/{FACTS_FILE}", msgspec.json.encode(about))
         write_flushed(f"{made}/{RECORD_FILE}", msgspec.json.format(msgspec.json.encode(record), indent=1))
         make_gate(made)
         os.chmod(made, _READABLE)

@@ -170,7 +170,7 @@ class _Work:
                 self._room.require("images")
             if self._is_damaged():
                 remove_image(self._store, image.digest)
-            publish(self._store, _record(self._origin, image, file, facts), file.path)
+            publish(self._store, _record(self._origin, image, file, facts), file.path, facts.facts)
             # Here already, and not only by everybody afterwards: most of those who wait have the same name for it.
             set_name(self._store, self._named, image.platform, image.digest, self._origin)
         self._source.keep(image, str(self._named))

@@ -2,6 +2,7 @@
 
     STORE/images/sha256-<64 hex>/root.squashfs     one read-only file per image
     STORE/images/sha256-<64 hex>/image.json        :class:`hpcctr.image.record.ImageRecord`
+    STORE/images/sha256-<64 hex>/facts.json        :class:`hpcctr.image.record.FactsRecord`, if anything is known
     STORE/names/<registry>/<repository>/<tag>.<arch>.json     :class:`hpcctr.image.record.NameRecord`
     STORE/tmp/                                     what is being written; never read
 
@@ -28,7 +29,7 @@ from hpcctr.image.history import meaning, was_there
 from hpcctr.image.imagefile import open_image_file, store_unusable
 from hpcctr.image.platform import acceptable, file_word, of_file_word, of_this_node
 from hpcctr.image.recall import Recall
-from hpcctr.image.record import ImageRecord, NameEntry, NameRecord, Platform, StoredImage
+from hpcctr.image.record import FactsRecord, ImageFacts, ImageRecord, NameEntry, NameRecord, Platform, StoredImage
 from hpcctr.image.reference import ImageRef, is_digest, is_digest_or_prefix
 from hpcctr.image.stale import looked_up_again
 from hpcctr.image.uses import has_gate
@@ -38,6 +39,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 SCHEMA = 1
 IMAGE_FILE = "root.squashfs"
 RECORD_FILE = "image.json"
+FACTS_FILE = "facts.json"
 #: A record holds at most 1 MiB each of passwd and group in base64, a config of at most 4 MiB, and little else.
 _RECORD_SIZE_MAX = 16 * 2**20
 
@@ -188,6 +190,7 @@ class Store:
                 image is not None
                 and looked_up_again(lambda: os.stat(image.path)).st_size == image.record.file_size
                 and has_gate(self.image_directory(digest))
+                and (image.record.facts is None or self.facts(image) is not None)
             )
         except (StoreUnusable, OSError):
             return False
@@ -259,6 +262,21 @@ class Store:
                     )
                 )
         return lines
+
+    def facts(self, image: StoredImage) -> ImageFacts | None:
+        """What is known of an image's libraries; None for one stored before that was noted. Raises
+        :class:`StoreUnusable` when it is damaged.
+        """
+        if image.record.facts is None:
+            return None
+        path = f"{os.path.dirname(image.path)}/{FACTS_FILE}"
+        raw = self._read(path, is_settled=True)
+        if raw is None:
+            raise _damaged(path, "it is missing")
+        known = _decode(raw, FactsRecord, path)
+        if known.digest != image.record.digest:
+            raise _damaged(path, "it is about another image")
+        return known.facts
 
     # the file to mount
 

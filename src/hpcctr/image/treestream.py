@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from hpcctr.errors import ImageBroken
 from hpcctr.image import tarheader, tarstream
-from hpcctr.image.record import Changed
+from hpcctr.image.linkage import Linkage
+from hpcctr.image.record import Changed, ImageFacts
 from hpcctr.image.tarstream import DIRECTORY, HARDLINK, REGULAR, SPECIAL, SYMLINK, ByteStream, printable
 from hpcctr.image.tree import Directory, Leaf, Tree
 
@@ -34,6 +35,8 @@ class MergeFacts:
     inodes: int
     passwd: bytes
     group: bytes
+    #: What programs of the image meet when they are loaded; None where it cannot be told.
+    facts: ImageFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,9 @@ def write_tree(
     accounts = {word: _account_file(tree, word) for word in ("passwd", "group")}
     wanted = {id(leaf) for leaf in accounts.values() if leaf is not None}
     noted: dict[int, bytes] = {}
+    linkage = Linkage()
+    for path, leaf in plan.hardlinks:
+        linkage.add_name(path, leaf)
     total, done = sum(leaf.size for leaves in plan.contents for leaf in leaves), 0
     for number, leaves in enumerate(plan.contents):
         # A layer is read to its end also when nothing of it is left: its digest is checked there.
@@ -74,6 +80,8 @@ def write_tree(
                 noted[id(leaf)] = content = stream.take(leaf.size)
                 whole = len(content) == leaf.size
                 write(content)
+            elif linkage.wants(leaf):
+                whole = linkage.copy(leaf, stream, write)
             else:
                 whole = stream.copy(leaf.size, write)
             if not whole:
@@ -98,6 +106,7 @@ def write_tree(
         inodes=count.entries - len(plan.hardlinks),
         passwd=noted.get(id(accounts["passwd"]), b""),
         group=noted.get(id(accounts["group"]), b""),
+        facts=linkage.facts(tree),
     )
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hpcctr.errors import ConversionFailed, HpcctrError, ImageBroken, StoreUnusable
 from hpcctr.image import exchange
 from hpcctr.image.exchange import Advance, Failure, Job, Layer, parse_advance, parse_facts, parse_failure
-from hpcctr.image.record import Changed
+from hpcctr.image.ldsearch import LIBRARIES_MAX, MPI_MAX
+from hpcctr.image.record import Changed, ImageFacts, Library, MpiLibrary
 from hpcctr.image.treestream import ACCOUNTS_MAX, MergeFacts
 
 FACTS = MergeFacts(changed=Changed(xattrs=3), content_size=7, entries=5, inodes=4, passwd=b"root\0\xff", group=b"")
@@ -157,3 +158,47 @@ def test_no_bytes_do_more_than_fail(untrusted: bytes) -> None:
         with pytest.raises(ConversionFailed):
             parse(untrusted)
     assert isinstance(parse_failure(untrusted, "/store"), HpcctrError)
+
+
+LIBRARY = Library(soname="libdemo.so.1", path="/usr/lib/libdemo.so.1", defines=("DEMO_1.0",))
+MPI = MpiLibrary(soname="libmpi.so.12", path="/opt/libmpi.so.12", family="mpich", version="4.0.2", pmi=("pmi1",))
+LINKED = ImageFacts(
+    libc="glibc", libc_version="2.36", loader="/lib/ld.so", libraries=(LIBRARY,), mpi=(MPI,), pmix="5.0.7"
+)
+
+
+def test_what_was_noted_of_libraries_arrives() -> None:
+    facts = dataclasses.replace(FACTS, facts=LINKED)
+    assert parse_facts(msgspec.json.encode(facts)) == facts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"libc": "bionic"},
+        {"libc_version": "2" * 200},
+        {"libc_version": "2\n"},
+        {"loader": "lib/ld.so"},
+        {"loader": "/lib/../ld.so"},
+        {"pmix": "\x1b[31m5"},
+        {"libraries": [{"soname": "a/b", "path": "/a"}]},
+        {"libraries": [{"soname": "", "path": "/a"}]},
+        {"libraries": [{"soname": "s" * 200, "path": "/a"}]},
+        {"libraries": [{"soname": "a", "path": "/a//b"}]},
+        {"libraries": [{"soname": "a", "path": "/" + "a" * 600}]},
+        {"libraries": [{"soname": "a", "path": "/a", "defines": ["A\u202e"]}]},
+        {"libraries": [{"soname": "a", "path": "/a", "defines": ["A"] * 201}]},
+        {"libraries": [{"soname": "a", "path": "/a"}] * (LIBRARIES_MAX + 1)},
+        {"mpi": [msgspec.to_builtins(MPI)] * (MPI_MAX + 1)},
+        {"mpi": [{**msgspec.to_builtins(MPI), "family": "lam"}]},
+        {"mpi": [{**msgspec.to_builtins(MPI), "pmi": ["pmi3"]}]},
+        {"mpi": [{**msgspec.to_builtins(MPI), "pmi": ["pmi1", "pmi1"]}]},
+        {"mpi": [{**msgspec.to_builtins(MPI), "version": "4\t"}]},
+        {"mpi": [{**msgspec.to_builtins(MPI), "product": "\u001b"}]},
+        {"mpi": [{**msgspec.to_builtins(MPI), "path": "relative"}]},
+    ],
+)
+def test_libraries_no_converter_notes_are_nonsense(change: dict[str, object]) -> None:
+    answer = msgspec.to_builtins(FACTS) | {"facts": msgspec.to_builtins(LINKED) | change}
+    with pytest.raises(ConversionFailed, match="nonsense"):
+        parse_facts(json.dumps(answer).encode())

@@ -11,7 +11,9 @@ import io
 import os
 import pwd
 import re
+import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import ModuleType
 
@@ -23,6 +25,7 @@ from hpcctr.engine import accounts, job, members, mounts
 from hpcctr.errand import Errand, Failed, Said
 from hpcctr.errors import (
     CallerRefused,
+    FeatureUnusable,
     HpcctrError,
     LockFileWrong,
     PolicyUnusable,
@@ -32,10 +35,18 @@ from hpcctr.errors import (
     StoreUnusable,
     of_slug,
 )
+from hpcctr.host import cdi_written, elf, ldcache, profile_written
+from hpcctr.host.cdi_inject import CdiFile, Described, Injection
+from hpcctr.host.cdi_text import Wrong
+from hpcctr.host.edits import CacheEntry
+from hpcctr.host.elf import NotElf
+from hpcctr.image import exchange
 from hpcctr.image import store as image_store
+from hpcctr.image.layers import LayerMerge
 from hpcctr.image.record import ImageRecord, NameRecord
 from hpcctr.image.reference import ImageRef
 from hpcctr.image.shelves import SharedName
+from hpcctr.image.treestream import write_tree
 from hpcctr.policy import written
 from hpcctr.policy.decide import verdict
 from hpcctr.policy.rules import Asked, Rule
@@ -206,6 +217,35 @@ def site(data: bytes) -> None:
     assert msgspec.convert(msgspec.to_builtins(loaded), Site) == loaded
 
 
+def cdi(data: bytes) -> None:
+    """CDI files: documents within their bounds, that come to edits of what they name, or to an error of ours."""
+    try:
+        document = cdi_written.parse(data)
+    except Wrong as error:
+        assert str(error) and len(str(error)) < 1000
+        return
+    assert document.devices and document.version <= "1.1.0" and not cdi_written.kind_problem(document.kind)
+    assert len({device.name for device in document.devices}) == len(document.devices)
+    file = CdiFile(path="/etc/cdi/fuzz.yaml", priority=0, document=document)
+    for device in document.devices[:4]:
+        named = Described(file=file, device=device)
+        assert cdi_written.split_name(named.name) == (document.kind, device.name)
+        injection = Injection(allowed_hooks=("/bin/true",), caller_gids=(), root_owned=True)
+        try:
+            injection.add([named])
+            edits = injection.edits()
+        except FeatureUnusable as error:
+            assert error.hint and "/etc/cdi/fuzz.yaml" in error.message and len(error.message) < 20 * len(data) + 500
+            continue
+        assert all(hook.path == "/bin/true" and hook.env for hook in edits.hooks)
+        assert all(edit.path.startswith("/dev/") for edit in edits.devices)
+        for target in [*(mount.target for mount in edits.mounts), *(link.path for link in edits.links)]:
+            assert not target_problem(os.fsencode(target)) and "\0" not in target
+        depths = [mount.target.count("/") for mount in edits.mounts]
+        assert depths == sorted(depths) and len({mount.target for mount in edits.mounts}) == len(depths)
+        assert len({edit.name for edit in edits.env}) == len(edits.env)
+
+
 def reference(data: bytes) -> None:
     """Image names: what is printed parses to the same, and lock files and shares have the same idea of a name."""
     text = data.decode("utf-8", "surrogateescape")
@@ -250,6 +290,38 @@ def record(data: bytes) -> None:
         with contextlib.suppress(StoreUnusable):
             decoded = image_store._decode(data, kind, "/store/image.json")
             assert image_store._decode(msgspec.json.encode(decoded), kind, "/store/image.json") == decoded
+
+
+_LIB = "usr/lib/x86_64-linux-gnu"
+_LIBRARY_NAMES = (
+    *("etc/ld.so.conf", f"{_LIB}/libc.so.6", f"{_LIB}/liba.so.1", "lib/ld-musl-x86_64.so.1", "opt/lib/libmpi.so.12"),
+    *("opt/lib/libmpi.so.40", "opt/lib/openmpi/mca_pmix_a.so", "opt/lib/libpmix.so.2"),
+)
+
+
+def image_facts(data: bytes) -> None:
+    """Libraries of an image, whatever is in them: facts a puller takes, and the stream is what it is without them.
+
+    Between separators lie the contents of the files in their order; the last one is that of all further files."""
+    contents = data.split(b"\0====\0")
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as archive:
+        for number, name in enumerate(_LIBRARY_NAMES):
+            content = contents[min(number, len(contents) - 1)]
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    merge = LayerMerge()
+    merge.apply(iter([layer.getvalue()]), "layer 1")
+    merged = io.BytesIO()
+    noted = write_tree(merge.tree, 1, lambda _: iter([layer.getvalue()]), merged.write, lambda done, total: None)
+    assert noted.facts is not None
+    assert exchange.parse_facts(msgspec.json.encode(noted)) == noted
+    merged.seek(0)
+    with tarfile.open(fileobj=merged, mode="r:") as archive:
+        for number, name in enumerate(_LIBRARY_NAMES):
+            member = archive.extractfile(name)
+            assert member is not None and member.read() == contents[min(number, len(contents) - 1)]
 
 
 def lock(data: bytes) -> None:
@@ -352,6 +424,106 @@ def _fed(module: ModuleType, content: bytes) -> Iterator[None]:
         delattr(module, "open")
 
 
+def elf_file(data: bytes) -> None:
+    """Programs and libraries, an image's among them: a file within its bounds, or none; the same at every reading."""
+    try:
+        file = elf.parse(io.BytesIO(data))
+    except NotElf:
+        return
+    assert elf.parse(io.BytesIO(data)) == file and file.bits in (32, 64)
+    for text in (file.soname, file.interpreter, *file.needed, *file.defines, *(name for name, _ in file.needs)):
+        assert len(text) <= 1024 and "\0" not in text
+    assert len(file.needed) <= 1024 and len(file.defines) <= 4096 and sum(map(len, file.runpath)) <= 65536
+    assert sum(len(versions) for _, versions in file.needs) <= 4096
+    assert all(os.fsdecode(os.fsencode(text)) == text for text in (file.soname, *file.runpath))
+
+
+_HOST_LIBRARIES = tuple(
+    CacheEntry(soname=name, path=f"/.hpcctr-host/lib/{name}", flags=0x303, origin="fuzz")
+    for name in ("libcuda.so.1", "libibverbs.so.1", "libmpi.so.12", "libfabric.so.1")
+)
+
+
+def ld_cache(data: bytes) -> None:
+    """An image's ld.so.cache: in what is made of it the loader finds every name, the node's libraries first."""
+    theirs = ldcache.listed(data)
+    found = ldcache.listed(ldcache.merged(data, _HOST_LIBRARIES))
+    assert set(found) <= {*theirs, *(replace(one, origin="ld.so.cache") for one in _HOST_LIBRARIES)}
+    names = [one.soname.encode() for one in found]
+    for entry in _HOST_LIBRARIES:
+        at = _searched(names, entry.soname.encode())
+        assert at is not None and (found[at].path, found[at].flags) == (entry.path, entry.flags)
+    for name in names[:500]:
+        at = _searched(names, name)
+        assert at is not None and _libcmp(names[at], name) == 0 and (at == 0 or _libcmp(names[at - 1], name) != 0)
+
+
+def _searched(names: list[bytes], wanted: bytes) -> int | None:
+    """The first entry of a name, by the search of search_cache() in glibc's elf/dl-cache.c."""
+    left, right = 0, len(names) - 1
+    while left <= right:
+        middle = (left + right) // 2
+        compared = _libcmp(wanted, names[middle])
+        if compared == 0:
+            while middle > 0 and _libcmp(wanted, names[middle - 1]) == 0:
+                middle -= 1
+            return middle
+        left, right = (middle + 1, right) if compared < 0 else (left, middle - 1)
+    return None
+
+
+def _libcmp(one: bytes, other: bytes) -> int:
+    """As _dl_cache_libcmp() compares, with the overflow of its numbers."""
+    at = there = 0
+    one, other = one + b"\0", other + b"\0"
+    while one[at]:
+        digits = one[at : at + 1].isdigit(), other[there : there + 1].isdigit()
+        if all(digits):
+            numbers = []
+            for text, begin in ((one, at), (other, there)):
+                end = begin
+                while text[end : end + 1].isdigit():
+                    end += 1
+                numbers.append((end, _int32(int(text[begin:end]))))
+            (at, first), (there, second) = numbers
+            if first != second:
+                return _int32(first - second)
+        elif any(digits):
+            return 1 if digits[0] else -1
+        elif one[at] != other[there]:
+            return one[at] - other[there]
+        else:
+            at, there = at + 1, there + 1
+    return one[at] - other[there]
+
+
+def _int32(number: int) -> int:
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def profile(data: bytes) -> None:
+    """Profiles of host features: plain places, none the caller's or the engine's, or an error that names the file."""
+    path = "/etc/hpcctr/profiles.d/ib.toml"
+    try:
+        parsed = profile_written.parse(data, path)
+    except FeatureUnusable as error:
+        assert path in error.message and path in error.hint and len(error.message) < 4000
+        return
+    places = [shown.path for shown in (*parsed.directories, *parsed.files)]
+    for place in (*places, *parsed.devices, *(word for word in parsed.libraries if "/" in word)):
+        assert place.startswith("/") and os.path.normpath(place) == place and place.isprintable()
+    for place in places:
+        assert place not in ("/", "/run")
+        assert not f"{place}/".startswith(("/proc/", "/sys/", "/dev/", "/run/hpcctr/", "/.hpcctr-host/"))
+        parts = place.split("/")
+        for never in (["", "proc"], ["", "run", "hpcctr"], ["", "dev", "shm"]):
+            assert len(parts) != len(never) or not all(map(fnmatchcase, never, parts))
+    assert all(word.startswith("/dev/") for word in parsed.devices)
+    assert not any(name.startswith("LD_") or "\n" in value for name, value in parsed.env)
+    assert parsed.optional <= {*parsed.libraries, *parsed.devices, *places}
+    assert parsed.memlock is None or parsed.memlock == -1 or parsed.memlock > 0
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "frame": frame,
     "request": request,
@@ -359,10 +531,15 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "said": said,
     "policy": policy,
     "site": site,
+    "cdi": cdi,
     "reference": reference,
     "accounts": passwd_of_image,
     "record": record,
+    "image-facts": image_facts,
     "lockfile": lock,
     "mounts": mount_table,
     "proc": proc_of_process,
+    "elf": elf_file,
+    "ld-cache": ld_cache,
+    "profile": profile,
 }

@@ -79,6 +79,7 @@ def equipped(
     store: Path | None = None,
     linger_seconds: int = 1,
     carry: Sequence[str] = (),
+    keys: str = "",
     more: str = "",
 ) -> Iterator[Node]:
     """Make a Host a node: containerd, site and engine, which end at the end."""
@@ -91,6 +92,7 @@ def equipped(
             runtime=runtime,
             linger_seconds=linger_seconds,
             carry=carry,
+            keys=keys,
             more=more,
         )
         engine.install_enter(site)
@@ -113,11 +115,12 @@ def node(
     runtime: Literal["runc", "crun"] = "runc",
     linger_seconds: int = 1,
     carry: Sequence[str] = (),
+    keys: str = "",
     more: str = "",
 ) -> Iterator[Node]:
     """Start a Host below ROOT with everything a node has."""
     with (
         Host.start(root, propagation=propagation, own_network=own_network, cgroup2_only=cgroup2_only) as host,
-        equipped(host, runtime=runtime, linger_seconds=linger_seconds, carry=carry, more=more) as made,
+        equipped(host, runtime=runtime, linger_seconds=linger_seconds, carry=carry, keys=keys, more=more) as made,
     ):
         yield made

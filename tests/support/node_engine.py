@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import msgspec
 
 from hpcctr import errors
+from hpcctr.host.edits import HostEdits
 from tests.support.containerd import Containerd
 from tests.support.host import Host
 
@@ -59,6 +62,8 @@ class NodeEngine:
         digest: str = "a",
         image: Path | None = None,
         passwd: str = "",
+        edits: HostEdits | None = None,
+        image_env: Sequence[str] = (),
     ) -> dict[str, Any]:
         return {
             "uid": uid,
@@ -68,6 +73,8 @@ class NodeEngine:
             "digest": digest,
             "image": str(image or self.image),
             "passwd": passwd,
+            "edits": msgspec.to_builtins(edits or HostEdits()),
+            "image_env": list(image_env),
         }
 
     def get(self, **asked: Any) -> Got:
@@ -129,7 +136,7 @@ def launch(
     image: Path,
     *,
     linger_seconds: float = 60.0,
-    runtime: Literal["runc", "crun"] = "runc",
+    runtime: str = "runc",
     containers_per_uid: int = 64,
     state: str = "/run/hpcctr/state",
     owner: str = "gateway",

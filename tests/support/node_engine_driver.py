@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 import hpcctr.engine.nodes
 from hpcctr.containerd import Containerd
 from hpcctr.context import Caller
@@ -32,7 +34,7 @@ def _grant(asked: dict[str, Any], *, pid: int, pidfd: int) -> Grant:
         schema=1,
         digest="sha256:" + asked["digest"] * 64,
         platform=Platform(os="linux", architecture="amd64"),
-        config=ImageConfig(),
+        config=ImageConfig(env=tuple(asked["image_env"])),
         file="root.squashfs",
         file_size=1,
         file_digest="sha256:" + "0" * 64,
@@ -45,7 +47,7 @@ def _grant(asked: dict[str, Any], *, pid: int, pidfd: int) -> Grant:
     return Grant(
         caller=Caller(pid=pid, pidfd=pidfd, uid=asked["uid"], gid=asked["gid"], groups=tuple(asked["groups"])),
         image=StoredImage(record=record, path=asked["image"], name="test"),
-        edits=HostEdits(),
+        edits=msgspec.convert(asked["edits"], HostEdits),
         targets=tuple(Target(kind, path.encode()) for kind, path in asked["targets"]),
         rule="test",
     )

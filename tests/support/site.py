@@ -33,11 +33,12 @@ class Site:
         runtime: Literal["runc", "crun"] = "runc",
         linger_seconds: int = 1,
         carry: Sequence[str] = (),
+        keys: str = "",
         more: str = "",
     ) -> Self:
-        """Write DIRECTORY/site.toml; `more` is TOML text that follows, for instance further tables.
+        """Write DIRECTORY/site.toml; `keys` is TOML text for the top, `more` for the end, for instance further tables.
 
-        DIRECTORY/policy.d does not exist: a test that wants rules makes it.
+        DIRECTORY/policy.d and DIRECTORY/profiles.d do not exist: a test that wants rules or profiles makes them.
         """
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         store = directory / "store" if store is None else store
@@ -46,7 +47,8 @@ class Site:
         carried = ", ".join(f'"{path}"' for path in carry)
         file.write_text(
             f'store = "{store}"\nenter = "{enter}"\nruntime = "{runtime}"\nlinger-seconds = {linger_seconds}\n'
-            f'policy-directory = "{directory}/policy.d"\ncarry = [{carried}]\n\n'
+            f'policy-directory = "{directory}/policy.d"\nprofile-directory = "{directory}/profiles.d"\n'
+            f"carry = [{carried}]\n{keys}\n"
             f'[containerd]\nsocket = "{containerd_socket}"\n\n{more}'
         )
         file.chmod(0o644)

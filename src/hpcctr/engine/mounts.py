@@ -27,7 +27,7 @@ _RESOLVE_NO_XDEV = 0x01
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_IN_ROOT = 0x10
-_RESOLVE = _RESOLVE_IN_ROOT | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
+_RESOLVE = _RESOLVE_IN_ROOT | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,12 +64,16 @@ def unmount(target: str) -> None:
         _raise(target)
 
 
-def open_beneath(directory: int, untrusted_name: bytes) -> int:
+def open_beneath(
+    directory: int, untrusted_name: bytes, *, is_link_opened: bool = False, is_mount_crossed: bool = False
+) -> int:
     """An O_PATH descriptor of ``untrusted_name`` below ``directory``, on the same mount and through no symbolic link.
 
-    Raises OSError: ELOOP for a link, EXDEV for a mount, ENOENT for nothing, ENOTDIR for a file on the way.
+    With ``is_link_opened`` a name that is a link itself is opened as what it is. Raises OSError: ELOOP for a link,
+    EXDEV for a mount unless ``is_mount_crossed``, ENOENT for nothing, ENOTDIR for a file on the way.
     """
-    how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE)
+    flags = os.O_PATH | os.O_CLOEXEC | (os.O_NOFOLLOW if is_link_opened else 0)
+    how = _OpenHow(flags, 0, _RESOLVE | (0 if is_mount_crossed else _RESOLVE_NO_XDEV))
     descriptor = _libc.syscall(
         ctypes.c_long(_SYS_OPENAT2),
         ctypes.c_int(directory),
@@ -99,6 +103,8 @@ class MountEntry:
     propagation: tuple[str, ...]
     kind: str
     source: str
+    #: The kernel's number of it, while it is mounted.
+    number: int = 0
 
 
 def read_mounts(process: int | str = "self") -> list[MountEntry]:
@@ -122,12 +128,19 @@ def mounted_by(descriptor: int) -> int | None:
     """The uid on whose behalf the filesystem of an open file is served, where a program serves it (FUSE says so in its
     options); 0 for every other filesystem. None when the mount is in no table any more. Raises OSError.
     """
-    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
-        number = next(line.split()[1] for line in file if line.startswith("mnt_id:"))
+    number = mount_number(descriptor)
     line = next((line for line in read_lines("/proc/self/mountinfo") if line.startswith(f"{number} ")), None)
-    if line is None:
-        return None
-    entry = _entry(line)
+    return None if line is None else served_by(_entry(line))
+
+
+def mount_number(descriptor: int) -> int:
+    """The kernel's number of the mount an open file is on (proc_pid_fdinfo(5)). Raises OSError."""
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("mnt_id:"))
+
+
+def served_by(entry: MountEntry) -> int | None:
+    """The uid on whose behalf a filesystem is served, 0 for one that the kernel serves. None where that is not said."""
     if entry.kind not in ("fuse", "fuseblk") and not entry.kind.startswith("fuse."):
         return 0
     return next((int(one[8:]) for one in entry.super_options if re.fullmatch(r"user_id=[0-9]+", one)), None)
@@ -145,6 +158,7 @@ def _entry(line: str) -> MountEntry:
         propagation=tuple(fields[6:]),
         kind=kind,
         source=_plain(source),
+        number=int(fields[0]),
     )
 
 

@@ -20,7 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from hpcctr.containerd.client import Containerd, RootfsMount
+from hpcctr.engine import bindings
 from hpcctr.engine.accounts import generated_etc
+from hpcctr.engine.bindings import NotAsAsked
+from hpcctr.engine.furnishing import room
 from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.intact import require_intact
 from hpcctr.engine.layers import Layers
@@ -28,18 +31,21 @@ from hpcctr.engine.members import is_roots, upper_in
 from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, read_mounts, unmount
 from hpcctr.engine.remains import clear_remains
 from hpcctr.engine.upper import UpperLayer
-from hpcctr.errors import ContainerdFailed, ContainerNotFound, HpcctrError, TargetImpossible
+from hpcctr.errors import ContainerdFailed, ContainerNotFound, FeatureUnusable, HpcctrError, TargetImpossible
+from hpcctr.host.edits import HostEdits
 from hpcctr.policy.grant import Grant
 from hpcctr.spec.build import build_spec
+from hpcctr.spec.mounts import BindMount
 from hpcctr.spec.process import ANCHOR
 
 LABEL_KEY = "hpcctr.key"
 LABEL_UID = "hpcctr.uid"
 LABEL_DIGEST = "hpcctr.digest"
 LABEL_OWNER = "hpcctr.owner"
-#: Room of the upper layer: two files of the image's with at most 1 MiB, three of the host's, and mount points. An inode
-#: and what belongs to it takes the kernel about 2 KiB that no size option counts.
-_UPPER_DATA = "size=8m,nr_inodes=2048,mode=0700"
+#: Room of the upper layer: two files of the image's with at most 1 MiB, three of the host's, and mount points; more
+#: where the site adds something. An inode takes the kernel about 2 KiB that no size option counts.
+_UPPER_BYTES = 8 << 20
+_UPPER_INODES = 2048
 _IMAGE_NAME = "image"
 #: linux/nsfs.h and linux/sched.h.
 _NS_GET_NSTYPE = 0xB703
@@ -120,7 +126,7 @@ class NodeBuilder:
             )
             undo.callback(self.images.release, image_mount)
             undo.callback(self.take_down_mount, container_id)
-            self._make_upper(container_id, image_mount, grant, etc)
+            binds = self._make_upper(container_id, image_mount, grant, etc)
             undo.callback(self._undo_in_containerd, container_id)
             self.containerd.create_container(
                 container_id,
@@ -130,11 +136,11 @@ class NodeBuilder:
                     LABEL_DIGEST: digest,
                     LABEL_OWNER: self.owner,
                 },
-                spec=build_spec(grant, container_id=container_id),
+                spec=build_spec(grant, container_id=container_id, binds=binds),
                 binary_name=self.binary_name,
             )
             pid = self.containerd.create_task(container_id, rootfs=[self._rootfs(container_id, image_mount)])
-            namespace = self.open_namespace(container_id, pid)
+            namespace = self.open_namespace(container_id, pid, is_new=True)
             undo.pop_all()
         return NodeContainer(
             container_id=container_id,
@@ -155,12 +161,23 @@ class NodeBuilder:
         with open(os.path.join(self.directory, container_id, _IMAGE_NAME), encoding="ascii") as file:
             return file.read()
 
-    def open_namespace(self, container_id: str, pid: int) -> int:
+    def bindings_of(self, container_id: str) -> tuple[BindMount, ...]:
+        """The host's files in a container, as they were written down when it was built. Raises :class:`NotAsAsked`."""
+        try:
+            return bindings.read(os.path.join(self.directory, container_id))
+        except OSError:
+            raise NotAsAsked("the record of the host's files in it cannot be read") from None
+
+    def open_namespace(self, container_id: str, pid: int, *, is_new: bool = False) -> int:
         """The mount namespace of the init, once it is certain to be the one just built.
+
+        Its mounts are those the record of this container says, each as restricted as it was to be; those of a new one
+        are of the very files that were looked at.
 
         The init belongs to the user, who may kill it and have another process get its number, in a namespace that looks
         the same from within. So the namespace must be one only root can have made (it belongs to the engine's own user
-        namespace), and its root the upper layer with this container's random name. Raises :class:`ContainerdFailed`.
+        namespace), and its root the upper layer with this container's random name. Raises :class:`ContainerdFailed`,
+        and :class:`FeatureUnusable` when a file of the host's was replaced while the container was built.
         """
         try:
             namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -170,36 +187,46 @@ class NodeBuilder:
         except OSError:
             raise _unlike(container_id, "its init has ended") from None
         try:
-            self._require_ours(container_id, pid, namespace)
+            self._require_ours(container_id, pid, namespace, is_new=is_new)
         except OSError:
             os.close(namespace)
             raise _unlike(container_id, "its init has ended") from None
+        except NotAsAsked as reason:
+            os.close(namespace)
+            raise _unlike(container_id, str(reason)) from None
         except BaseException:
             os.close(namespace)
             raise
         return namespace
 
-    def _require_ours(self, container_id: str, pid: int, namespace: int) -> None:
+    def _require_ours(self, container_id: str, pid: int, namespace: int, *, is_new: bool) -> None:
         if fcntl.ioctl(namespace, _NS_GET_NSTYPE) != _CLONE_NEWNS:
-            raise _unlike(container_id, "not a mount namespace")
+            raise NotAsAsked("not a mount namespace")
         if not is_roots(namespace):
-            raise _unlike(container_id, "its namespace is not root's")
+            raise NotAsAsked("its namespace is not root's")
         identity = os.fstat(namespace)
         if os.path.samestat(identity, os.stat("/proc/self/ns/mnt")):
-            raise _unlike(container_id, "its namespace is the node's own")
+            raise NotAsAsked("its namespace is the node's own")
         entries = read_mounts(pid)
         if upper_in(entries) != self.upper(container_id):
-            raise _unlike(container_id, "its root is not the overlay that was built for it")
+            raise NotAsAsked("its root is not the overlay that was built for it")
+        binds = self.bindings_of(container_id)
+        root = next(entry for entry in entries if entry.target == "/" and entry.kind == "overlay")
         for entry in entries:
             if entry.target == "/" and "ro" not in entry.options:
-                raise _unlike(container_id, "its root is writable")
+                raise NotAsAsked("its root is writable")
             if any(tag.startswith(("shared:", "master:")) for tag in entry.propagation):
-                raise _unlike(container_id, f"{entry.target} exchanges mounts with other namespaces")
-            if entry.target != "/" and entry.target.split("/")[1] not in _RUNTIME_TARGETS:
-                raise _unlike(container_id, f"something is mounted on {entry.target}")
+                raise NotAsAsked(f"{entry.target} exchanges mounts with other namespaces")
+        bindings.require_as_asked(
+            (entry for entry in entries if entry.target != "/" and entry.target.split("/")[1] not in _RUNTIME_TARGETS),
+            binds,
+        )
+        if is_new:
+            # Once: what is mounted stays what it is, and a file server may be silent when an engine starts.
+            bindings.require_unchanged(pid, root, binds)
         # What was read is about the process that has this number now.
         if not os.path.samestat(identity, os.stat(f"/proc/{pid}/ns/mnt")):
-            raise _unlike(container_id, "its init has been replaced")
+            raise NotAsAsked("its init has been replaced")
 
     def take_down_in_containerd(self, container_id: str) -> None:
         """Remove task and record, and what they left; what is not there is fine.
@@ -233,10 +260,12 @@ class NodeBuilder:
         with contextlib.suppress(OSError):
             os.rmdir(place)
 
-    def _make_upper(self, container_id: str, image_mount: str, grant: Grant, etc: dict[str, bytes]) -> None:
+    def _make_upper(
+        self, container_id: str, image_mount: str, grant: Grant, etc: dict[str, bytes]
+    ) -> tuple[BindMount, ...]:
         place = os.path.join(self.directory, container_id)
         os.makedirs(place, mode=0o700)
-        mount("hpcctr", place, "tmpfs", flags=MS_NOSUID | MS_NODEV | MS_NOEXEC, data=_UPPER_DATA)
+        mount("hpcctr", place, "tmpfs", flags=MS_NOSUID | MS_NODEV | MS_NOEXEC, data=_upper_data(grant.edits))
         self.layers.watch(container_id, uid=grant.caller.uid, directory=place)
         with open(os.path.join(place, _IMAGE_NAME), "x", encoding="ascii") as file:
             file.write(image_mount)
@@ -246,14 +275,15 @@ class NodeBuilder:
         os.chmod(self.upper(container_id), 0o755)  # noqa: S103
         with _directory(self.images.path(image_mount)) as lower, _directory(self.upper(container_id)) as upper:
             try:
-                UpperLayer(image=lower, upper=upper).make(targets=grant.targets, etc=etc, anchor=ANCHOR)
+                binds = UpperLayer(image=lower, upper=upper).make(
+                    targets=grant.targets, etc=etc, anchor=ANCHOR, edits=grant.edits, image_name=grant.image.name
+                )
+                bindings.write(place, binds)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                raise TargetImpossible(
-                    "the mount targets need more directories than a node container has room for",
-                    hint="use fewer or less deep targets: -v SRC:DST",
-                ) from None
+                raise _no_room(grant.edits) from None
+        return binds
 
     def _rootfs(self, container_id: str, image_mount: str) -> RootfsMount:
         return RootfsMount(
@@ -287,6 +317,23 @@ def _directory(path: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _upper_data(edits: HostEdits) -> str:
+    size, inodes = room(edits)
+    return f"size={_UPPER_BYTES + size},nr_inodes={_UPPER_INODES + inodes},mode=0700"
+
+
+def _no_room(edits: HostEdits) -> HpcctrError:
+    if edits.mounts or edits.links or edits.files:
+        return FeatureUnusable(
+            "the mount targets, and what features of the node add, need more room than a node container has",
+            hint="fewer features, fewer or less deep targets (-v SRC:DST)",
+        )
+    return TargetImpossible(
+        "the mount targets need more directories than a node container has room for",
+        hint="use fewer or less deep targets: -v SRC:DST",
+    )
 
 
 def _unlike(container_id: str, reason: str) -> ContainerdFailed:

@@ -85,7 +85,7 @@ def serve(door: Door, peer: socket.socket, caller: Caller) -> None:
             with _in_time(door, peer, caller) as stage:
                 granted = _granted(door, caller, request, held, stage)
             if isinstance(granted, Grant):
-                peer.sendall(_reply(granted, door.site).pack())
+                peer.sendall(_explanation(granted, door.site).pack())
                 _audit(door, "explained", caller, granted, key=granted.key)
                 return
             way, enter = granted
@@ -259,6 +259,34 @@ def _enter_of(door: Door) -> os.stat_result:
     raise EnterUnusable(f"{path}: {reason}", hint="an administrator runs: hpcctr engine install")
 
 
+def _explanation(grant: Grant, site: Site) -> Frame:
+    """Reply 1 with what the host adds inside, as far as a frame has room for it."""
+    reply = _reply(grant, site)
+    edits = grant.edits
+    lines = [
+        *((edit.target, edit.source, "ro" if edit.is_read_only else "rw", edit.origin) for edit in edits.mounts),
+        *((edit.path, f"-> {edit.target}", "link", edit.origin) for edit in edits.links),
+        *((edit.path, f"{len(edit.content)} bytes", "generated", edit.origin) for edit in edits.files),
+        *((edit.path, edit.soname, "found by ld.so", edit.origin) for edit in edits.cache),
+        *((edit.path, edit.stage, "hook", edit.origin) for edit in edits.hooks),
+    ]
+    fields = [("note", _field(note)) for note in edits.notes]
+    fields += [("env-origin", _field(f"{edit.name} {edit.origin}")) for edit in edits.env]
+    room = FRAME_MAX - len(reply.pack()) - sum(len(key) + len(value) + 2 for key, value in fields) - 1024
+    for number, line in enumerate(lines):
+        value = _field("\t".join(line))
+        room -= len(value) + len("edit=") + 1
+        if room < 0:
+            fields.append(("note", b"and %d more places of the host that do not fit here" % (len(lines) - number)))
+            break
+        fields.append(("edit", value))
+    return Frame(reply.verb, (*reply.fields, *fields))
+
+
+def _field(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
 def _reply(grant: Grant, site: Site) -> Frame:
     """Reply 1. What the image says of the launcher (USER, labels, working directory) is not part of it."""
     config = grant.image.record.config
@@ -274,8 +302,16 @@ def _reply(grant: Grant, site: Site) -> Frame:
         *(("carry", path) for path in site.carry),
         *(("host-env", f"{edit.name}={edit.value}") for edit in grant.edits.env),
         *(("host-glob", glob) for glob in site.env_of_the_host),
+        *(("device", f"{edit.permissions} {edit.device} {edit.path}") for edit in grant.edits.devices),
+        *(
+            ("gpu", f"{edit.vendor} {edit.index} {edit.uuid or '-'} {edit.names} {edit.path}")
+            for edit in grant.edits.gpus
+        ),
+        *(("need", f"{edit.what} {edit.least} {edit.origin}") for edit in grant.edits.needs),
+        *([("mpi", grant.edits.mpi)] if grant.edits.mpi else []),
+        *(("warning", text) for text in grant.edits.warnings),
     ]
-    return Frame("granted", [(key, value.encode(errors="surrogateescape")) for key, value in fields])
+    return Frame("granted", [(key, _field(value)) for key, value in fields])
 
 
 def _try_to_send(peer: socket.socket, packet: bytes) -> None:

@@ -14,14 +14,16 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from hpcctr.engine.furnishing import Furnishing, names_of
 from hpcctr.engine.mounts import open_beneath
+from hpcctr.engine.union import DEPTH_MAX, Names, Union, shown
 from hpcctr.errors import TargetImpossible
+from hpcctr.host.edits import HostEdits
 from hpcctr.request import Target
+from hpcctr.spec.mounts import BindMount
 
 #: What every container has for enter to cover: the node's own trees.
 NODE_TREES = (b"/proc", b"/sys", b"/dev")
-#: A tree of mount points deeper than this is no directory of anybody's, but work for the engine.
-_DEPTH_MAX = 64
 _O_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -32,14 +34,24 @@ class UpperLayer:
     image: int
     upper: int
 
-    def make(self, *, targets: tuple[Target, ...], etc: Mapping[str, bytes], anchor: str) -> None:
-        """Make everything. ``targets`` have parents before children; ``etc`` is name below /etc → content.
+    def make(
+        self,
+        *,
+        targets: tuple[Target, ...],
+        etc: Mapping[str, bytes],
+        anchor: str,
+        edits: HostEdits,
+        image_name: str,
+    ) -> tuple[BindMount, ...]:
+        """Make everything; the mounts of the host's that the runtime is to make.
 
-        Raises :class:`TargetImpossible` for a place the image does not allow, OSError when the tmpfs is full.
+        ``targets`` have parents before children; ``etc`` is name below /etc → content. Raises :class:`TargetImpossible`
+        for a place the image does not allow, :class:`FeatureUnusable` where an edit is the reason, OSError when the
+        tmpfs is full.
         """
         for target in targets:
-            if target.path.count(b"/") > _DEPTH_MAX:
-                raise _impossible(target, f"it is more than {_DEPTH_MAX} directories deep", "choose a shorter path")
+            if target.path.count(b"/") > DEPTH_MAX:
+                raise _impossible(target, f"it is more than {DEPTH_MAX} directories deep", "choose a shorter path")
         self._write(self.upper, anchor.lstrip("/").encode(), b"", mode=0o755)
         for tree in (*NODE_TREES, b"/etc"):
             self._make_point(Target("d", tree), remedy=f"rebuild the image with a directory {tree.decode()}")
@@ -49,8 +61,13 @@ class UpperLayer:
                 self._write(etc_directory, name.encode(), content, mode=0o644)
         finally:
             os.close(etc_directory)
+        union = Union(image=self.image, upper=self.upper)
+        binds = Furnishing(union=union, image=image_name, targets=targets).make(edits)
+        directories = {names_of(os.fsencode(bind.target)) for bind in binds if bind.kind == "d"}
         for target in outermost(targets):
-            self._make_point(target)
+            if not _is_below(names_of(target.path), directories):
+                self._make_point(target)
+        return binds
 
     def _upper_directory(self, name: bytes) -> int:
         """The directory at the top of the upper layer, re-created from the image's when it is not there."""
@@ -89,9 +106,16 @@ class UpperLayer:
                 if not is_last and found != "d":
                     raise _impossible(
                         target,
-                        f"{_shown(b'/' + b'/'.join(names[:position]))} is a file in the image",
+                        f"{shown(b'/' + b'/'.join(names[:position]))} is a file in the image",
                         remedy,
                     )
+
+
+def _is_below(names: Names, directories: set[Names]) -> bool:
+    """Whether a caller's mount point is to be in a directory of the host's. Whether it is there, enter finds out with
+    the caller's own rights.
+    """
+    return any(names[:length] in directories for length in range(1, len(names)))
 
 
 def outermost(targets: tuple[Target, ...]) -> Iterator[Target]:
@@ -132,6 +156,12 @@ class _Walk:
     def step(self, name: bytes, target: Target) -> str | None:
         """Go down to ``name``. Its kind as the container will see it, ``d`` or ``f``; None when nothing is there."""
         upper_kind = self._step_upper(name)
+        if upper_kind == "l":
+            raise _impossible(
+                target,
+                f"{shown(name)} is a symbolic link that a feature of the node has put there",
+                "name the place it leads to",
+            )
         if upper_kind == "f":
             return "f"
         lower_kind, mode = self._step_lower(name, target)
@@ -146,7 +176,7 @@ class _Walk:
         try:
             status = os.stat(name, dir_fd=here, follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode):
-                return "f"
+                return "l" if stat.S_ISLNK(status.st_mode) else "f"
             self.upper = os.open(name, _O_DIR, dir_fd=here)
         except FileNotFoundError:
             return None
@@ -169,11 +199,11 @@ class _Walk:
             if error.errno == errno.ELOOP:
                 raise _impossible(
                     target,
-                    f"{_shown(name)} is a symbolic link in the image, and nothing is mounted through one",
+                    f"{shown(name)} is a symbolic link in the image, and nothing is mounted through one",
                     f"name {_link(here, name)}",
                 ) from None
             raise _impossible(
-                target, f"{_shown(name)} cannot be looked up in the image: {error.strerror}", "hpcctr inspect IMAGE"
+                target, f"{shown(name)} cannot be looked up in the image: {error.strerror}", "hpcctr inspect IMAGE"
             ) from None
         finally:
             os.close(here)
@@ -202,7 +232,7 @@ def _make_directory(parent: int, name: bytes, mode: int) -> None:
 
 def _link(directory: int, name: bytes) -> str:
     try:
-        return f"the place it leads to, {_shown(os.readlink(name, dir_fd=directory))}"
+        return f"the place it leads to, {shown(os.readlink(name, dir_fd=directory))}"
     except OSError:
         return "the place it leads to"
 
@@ -211,9 +241,5 @@ def _kind_word(kind: str) -> str:
     return "a directory" if kind == "d" else "a file"
 
 
-def _shown(untrusted_name: bytes) -> str:
-    return ascii(os.fsdecode(untrusted_name[:200]))[1:-1]
-
-
 def _impossible(target: Target, reason: str, hint: str) -> TargetImpossible:
-    return TargetImpossible(f"mount target {_shown(target.path)}: {reason}", hint=hint)
+    return TargetImpossible(f"mount target {shown(target.path)}: {reason}", hint=hint)

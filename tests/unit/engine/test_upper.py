@@ -12,7 +12,9 @@ import pytest
 
 from hpcctr.engine.upper import UpperLayer, outermost
 from hpcctr.errors import TargetImpossible
+from hpcctr.host.edits import HostEdits, LinkEdit, MountEdit
 from hpcctr.request import Target
+from hpcctr.spec.mounts import BindMount
 
 ANCHOR = "/.hpcctr-anchor"
 
@@ -25,8 +27,12 @@ class Layers:
     upper: Path
     layer: UpperLayer
 
-    def make(self, *targets: Target, etc: dict[str, bytes] | None = None) -> None:
-        self.layer.make(targets=targets, etc=etc or {}, anchor=ANCHOR)
+    def make(
+        self, *targets: Target, etc: dict[str, bytes] | None = None, edits: HostEdits | None = None
+    ) -> tuple[BindMount, ...]:
+        return self.layer.make(
+            targets=targets, etc=etc or {}, anchor=ANCHOR, edits=edits or HostEdits(), image_name="test"
+        )
 
     def made(self) -> set[str]:
         """Everything in the upper layer, directories with a slash at the end."""
@@ -194,3 +200,28 @@ def test_no_descriptor_stays_open_whatever_happens(layers: Layers) -> None:
 def test_targets_below_another_target_are_left_to_the_callers_directory() -> None:
     targets = tuple(Target("d", path) for path in (b"/a", b"/a/b", b"/a/b/c", b"/ab", b"/b/c", b"/b/c/d"))
     assert [target.path for target in outermost(targets)] == [b"/a", b"/ab", b"/b/c"]
+
+
+def test_a_callers_mount_point_in_a_directory_of_the_hosts_is_left_to_enter(layers: Layers) -> None:
+    edits = HostEdits(mounts=(MountEdit(source="/usr/lib", target="/opt/x", kind="d", origin="profile"),))
+    binds = layers.make(Target("d", b"/opt/x/sub"), Target("d", b"/opt/y"), edits=edits)
+    assert [bind.target for bind in binds] == ["/opt/x"]
+    assert layers.made() == {"opt/", "opt/x/", "opt/y/"}
+
+
+def test_a_callers_mount_point_on_a_directory_of_the_hosts_is_the_callers(layers: Layers) -> None:
+    edits = HostEdits(mounts=(MountEdit(source="/usr/lib", target="/opt/x", kind="d", origin="profile"),))
+    assert layers.make(Target("d", b"/opt/x"), edits=edits) == ()
+    assert layers.made() == {"opt/", "opt/x/"}
+
+
+def test_a_callers_mount_point_through_a_link_of_a_features_is_refused(layers: Layers) -> None:
+    edits = HostEdits(links=(LinkEdit(path="/opt/cuda", target="/usr", origin="profile"),))
+    with pytest.raises(TargetImpossible, match="cuda is a symbolic link that a feature of the node has put there"):
+        layers.make(Target("d", b"/opt/cuda/share"), edits=edits)
+
+
+def test_a_callers_mount_point_in_the_place_of_a_features_link_is_the_callers(layers: Layers) -> None:
+    edits = HostEdits(links=(LinkEdit(path="/opt/cuda", target="/usr", origin="profile"),))
+    layers.make(Target("d", b"/opt/cuda"), edits=edits)
+    assert layers.made() == {"opt/", "opt/cuda/"}

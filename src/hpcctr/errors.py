@@ -361,6 +361,28 @@ class FeatureUnknown(HpcctrError):
     slug = "feature"
 
 
+class FeatureUnusable(HpcctrError):
+    """A device or host feature of the node cannot be given as its files say: a path is gone, a file is wrong, or the
+    caller may not open the device.
+    """
+
+    slug = "feature-unusable"
+
+
+class LibrariesUnfit(HpcctrError):
+    """Libraries of the node would not load in this image."""
+
+    slug = "libraries-unfit"
+    exit_status = REFUSED
+
+
+class MpiUnfit(HpcctrError):
+    """MPI of the image, of the node and of the launcher do not go together."""
+
+    slug = "mpi-unfit"
+    exit_status = REFUSED
+
+
 class NoCommand(HpcctrError):
     """Neither the command line nor the image says what to run."""
 

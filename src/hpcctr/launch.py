@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpcctr.context import Caller, machine
+from hpcctr.engine.furnishing import covered
 from hpcctr.engine.nodes import NodeContainer, NodeContainers
 from hpcctr.engine.view import View
-from hpcctr.host import edits
+from hpcctr.host.edits import HostEdits, of_site
+from hpcctr.host.features import features_of
 from hpcctr.image import shelves
 from hpcctr.image.record import Platform, StoredImage
 from hpcctr.policy import account
@@ -31,8 +33,21 @@ def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
         gids=(caller.gid, *caller.groups),
         as_of=request.as_of,
     )
+    features = features_of(request, caller, site, image)
+    targets = request.targets_with(site.carry)
     # What the site adds, nobody has to be allowed.
-    return _decided(rules, caller, site, image, targets=request.targets_with(site.carry), asked_targets=request.targets)
+    return _decided(
+        rules,
+        caller,
+        site,
+        image,
+        edits=features.edits.noting(covered(features.edits, targets)),
+        targets=targets,
+        asked_targets=request.targets,
+        features=features.names,
+        devices=features.devices,
+        other_devices=features.other_devices,
+    )
 
 
 def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Grant:
@@ -41,7 +56,7 @@ def follow(request: ExecRequest, view: View, caller: Caller, site: Site) -> Gran
     image = shelves.image_known_as(
         site.store, caller.uid, view.place.image_digest, request.image, gids=(caller.gid, *caller.groups)
     )
-    return _decided(rules, caller, site, image, targets=(), asked_targets=())
+    return _decided(rules, caller, site, image, edits=of_site(site), targets=(), asked_targets=())
 
 
 def _decided(
@@ -50,8 +65,12 @@ def _decided(
     site: Site,
     image: StoredImage,
     *,
+    edits: HostEdits,
     targets: Sequence[Target],
     asked_targets: Sequence[Target],
+    features: Sequence[str] = (),
+    devices: Sequence[str] = (),
+    other_devices: Sequence[str] = (),
 ) -> Grant:
     return decide(
         rules,
@@ -59,9 +78,12 @@ def _decided(
         user_names=account.names_for(rules, caller),
         image=image,
         other_names=other_names(rules, site.store, image),
-        edits=edits.of_site(site),
+        edits=edits,
         targets=targets,
         asked_targets=asked_targets,
+        features=features,
+        devices=devices,
+        other_devices=other_devices,
     )
 
 

@@ -26,6 +26,10 @@ TARGETS_MAX = 120
 PATH_MAX = 4096
 #: Digits of a moment in seconds since 1970: enough for three thousand years.
 AS_OF_DIGITS = 11
+#: Devices and features of one launch, each, and characters of a name of theirs.
+FEATURES_MAX = 64
+FEATURE_NAME_MAX = 512
+MPI_CHOICES = ("auto", "container", "host")
 #: Above every pid the kernel gives out (PID_MAX_LIMIT in linux/threads.h).
 _PID_END = 4194305
 #: Places a mount target may never be at or below; enter refuses them again.
@@ -35,7 +39,7 @@ FORBIDDEN_TARGETS = (b"/proc", b"/sys", b"/dev", b"/run/hpcctr")
 class Option:
     """One option of ``hpcctr run``."""
 
-    __slots__ = ("choices", "flags", "help", "metavar", "name", "repeated")
+    __slots__ = ("choices", "flags", "help", "implied", "metavar", "name", "repeated")
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Option:
         metavar: str = "",
         repeated: bool = False,
         choices: tuple[str, ...] = (),
+        implied: str = "",
     ) -> None:
         self.name = name
         self.flags = flags
@@ -54,6 +59,8 @@ class Option:
         self.metavar = metavar
         self.repeated = repeated
         self.choices = choices
+        #: The value of the option without ``=VALUE``; the next word is never its value then.
+        self.implied = implied
 
 
 RUN_OPTIONS = (
@@ -75,6 +82,28 @@ RUN_OPTIONS = (
         ("--entrypoint",),
         "Run this in place of the image's entrypoint, with CMD as arguments.",
         metavar="PROGRAM",
+    ),
+    Option(
+        "gpu",
+        ("--gpu",),
+        "Show the node's GPU drivers: of all GPUs your job has, of some (--gpu=0,1 or =UUID), or none.",
+        metavar="[all|N,M|none]",
+        implied="all",
+    ),
+    Option(
+        "device",
+        ("--device",),
+        "Show what belongs to a device of the node, by its CDI name.",
+        metavar="VENDOR/CLASS=NAME",
+        repeated=True,
+    ),
+    Option("feature", ("--feature",), "Add a host feature of the site: ib, x11, ...", metavar="NAME", repeated=True),
+    Option(
+        "mpi",
+        ("--mpi",),
+        "Whose MPI library: the image's, the node's in its place, or what fits.",
+        metavar="WHOSE",
+        choices=MPI_CHOICES,
     ),
     Option(
         "pull",
@@ -107,11 +136,15 @@ class RunWords:
     __slots__ = (
         "clean_env",
         "command",
+        "device",
         "entrypoint",
         "env",
         "explain",
+        "feature",
+        "gpu",
         "image",
         "locked",
+        "mpi",
         "no_home",
         "platform",
         "pull",
@@ -130,6 +163,11 @@ class RunWords:
         self.clean_env = False
         self.no_home = False
         self.explain = False
+        self.device: tuple[bytes, ...] = ()
+        self.feature: tuple[bytes, ...] = ()
+        #: Empty where the command line does not say.
+        self.gpu = ""
+        self.mpi = ""
         self.pull = "missing"
         self.platform = ""
         self.locked = ""
@@ -137,8 +175,17 @@ class RunWords:
             if name not in self.__slots__:
                 raise TypeError(name)
             setattr(self, name, value)
-        if self.pull not in ("missing", "always", "never"):
-            raise UsageWrong(f"--pull {self.pull}: not one of missing, always, never", hint="hpcctr run --help")
+        if "gpu" in options and not is_gpu_choice(self.gpu):
+            raise UsageWrong(
+                f"--gpu={self.gpu}: not all, none, or names of GPUs with commas between",
+                hint="--gpu=0,1; hpcctr doctor",
+            )
+        for option in RUN_OPTIONS:
+            value = getattr(self, option.name)
+            if option.choices and value and value not in option.choices:
+                raise UsageWrong(
+                    f"{option.flags[0]} {value}: not one of {', '.join(option.choices)}", hint="hpcctr run --help"
+                )
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> RunWords:
@@ -156,7 +203,11 @@ class RunWords:
         """
         if not self.locked:
             return self
-        options = {name: getattr(self, name) for name in self.__slots__ if name not in ("image", "command", "locked")}
+        options = {
+            name: value
+            for name in self.__slots__
+            if name not in ("image", "command", "locked") and (value := getattr(self, name))
+        }
         return RunWords(locked_image(self.locked, self.image, self.platform), self.command or (), **options)
 
 
@@ -191,6 +242,30 @@ class ExecWords:
         return cls(pid, command, **options)  # type: ignore[arg-type]  # by name, each of its option's type
 
 
+def is_gpu_choice(text: str) -> bool:
+    """Whether ``text`` can be what ``--gpu`` is given: words of letters, digits, and what CDI names have in them."""
+    return all(word and all(one.isalnum() or one in ".:_-" for one in word) for word in text.split(",")) and (
+        text.isascii()
+    )
+
+
+def spelled_out(arguments: Sequence[str], known: Sequence[Option]) -> list[str]:
+    """The same words with the implied value written where an option comes without one: other parsers take the next
+    word.
+    """
+    by_flag = {flag: option for option in known for flag in option.flags}
+    words = list(arguments)
+    at = 0
+    while at < len(words) and words[at].startswith("-") and words[at] != "--":
+        option = by_flag.get(words[at])
+        if option is not None and option.implied:
+            words[at] += f"={option.implied}"
+        elif option is not None and option.metavar:
+            at += 1
+        at += 1
+    return words
+
+
 def _split(arguments: Sequence[str], known: Sequence[Option]) -> tuple[dict[str, object], str, list[bytes]]:
     """(values of options by name, the first word that is none, the words behind it and an optional ``--``)."""
     by_flag = {flag: option for option in known for flag in option.flags}
@@ -205,7 +280,9 @@ def _split(arguments: Sequence[str], known: Sequence[Option]) -> tuple[dict[str,
         if not option.metavar:
             options[option.name] = True
             continue
-        if not sign:
+        if not sign and option.implied:
+            value = option.implied
+        elif not sign:
             if not rest:
                 raise NeedsFullParser(word)
             value = rest.pop(0)
@@ -275,8 +352,8 @@ def target_problem(path: bytes) -> str:
 class LaunchRequest:
     """What crosses the socket: the image and the names of mount targets. A claim, decided on by policy."""
 
-    __slots__ = ("as_of", "explain", "image", "platform", "targets")
-    KEYS = frozenset({"image", "platform", "target", "explain", "as-of"})
+    __slots__ = ("as_of", "devices", "explain", "features", "gpu", "image", "mpi", "platform", "targets")
+    KEYS = frozenset({"image", "platform", "target", "explain", "as-of", "gpu", "device", "feature", "mpi"})
     VERB = "run"
 
     def __init__(
@@ -287,8 +364,19 @@ class LaunchRequest:
         platform: str = "",
         explain: bool = False,
         as_of: int | None = None,
+        gpu: str = "",
+        devices: Sequence[str] = (),
+        features: Sequence[str] = (),
+        mpi: str = "",
     ) -> None:
         self.image = image
+        #: ``all``, or names of GPUs with commas between; empty: none.
+        self.gpu = gpu
+        #: Qualified CDI names, and names of site profiles, each once.
+        self.devices = tuple(dict.fromkeys(devices))
+        self.features = tuple(dict.fromkeys(features))
+        #: Whose MPI: ``container``, ``host``, or ``auto``; empty: as the site has it, and the caller has not asked.
+        self.mpi = mpi
         self.targets = tuple(targets)
         self.platform = platform
         self.explain = explain
@@ -317,6 +405,9 @@ class LaunchRequest:
             fields.append(("explain", b"yes"))
         if self.as_of is not None:
             fields.append(("as-of", b"%d" % self.as_of))
+        fields += [(key, os.fsencode(value)) for key, value in (("gpu", self.gpu), ("mpi", self.mpi)) if value]
+        fields += [("device", os.fsencode(name)) for name in self.devices]
+        fields += [("feature", os.fsencode(name)) for name in self.features]
         fields += [("target", target.kind.encode() + b":" + target.path) for target in self.targets]
         return Frame(self.VERB, fields)
 
@@ -335,13 +426,37 @@ class LaunchRequest:
         as_of = untrusted.one("as-of", b"")
         if as_of and not (as_of.isdigit() and len(as_of) <= AS_OF_DIGITS):
             raise ProtocolBroken("as-of is no number of seconds")
+        gpu = untrusted.text("gpu", "")
+        if gpu and (len(gpu) > FEATURE_NAME_MAX or not is_gpu_choice(gpu)):
+            raise ProtocolBroken("gpu is no choice of GPUs")
+        mpi = untrusted.text("mpi", "")
+        if mpi not in ("", *MPI_CHOICES):
+            raise ProtocolBroken("mpi is none of the choices")
         return cls(
             image=untrusted.text("image"),
             platform=untrusted.text("platform", ""),
             targets=sorted(targets, key=lambda target: target.path.split(b"/")),
             explain=explain == b"yes",
             as_of=int(as_of) if as_of else None,
+            gpu=gpu,
+            devices=_feature_words(untrusted, "device"),
+            features=_feature_words(untrusted, "feature"),
+            mpi=mpi,
         )
+
+
+def _feature_words(untrusted: Frame, key: str) -> list[str]:
+    values = untrusted.every(key)
+    if len(values) > FEATURES_MAX:
+        raise ProtocolBroken(f"{len(values)} fields {key}, {FEATURES_MAX} are possible")
+    return [_feature_word(value) for value in values]
+
+
+def _feature_word(untrusted: bytes) -> str:
+    """A name of a device or feature: printable ASCII without a blank. Whether there is such a thing is asked later."""
+    if not 0 < len(untrusted) <= FEATURE_NAME_MAX or not all(33 <= byte < 127 for byte in untrusted):
+        raise ProtocolBroken("a name of a device or host feature that none can have")
+    return untrusted.decode()
 
 
 def _is_pid(text: str) -> bool:

@@ -38,6 +38,15 @@ class RegistrySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     mirrors: tuple[str, ...] = ()
 
 
+class CdiSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """Where device descriptions come from (CDI), and what of them may run."""
+
+    #: In rising precedence: a device in a later directory replaces one of the same name.
+    directories: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
+    #: Programs that hooks of these files may name: they run as root while a container is built.
+    hooks: tuple[str, ...] = ()
+
+
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
     """What the engine gives at most."""
 
@@ -78,6 +87,13 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: Globs of variables, beside hpcctr's own list, that describe the host's files: the image's value is taken.
     env_of_the_host: tuple[str, ...] = ()
     policy_directory: str = "/etc/hpcctr/policy.d"
+    #: Site profiles: one host feature a file, named after it.
+    profile_directory: str = "/etc/hpcctr/profiles.d"
+    #: Profiles every launch gets where the node has what they are about.
+    features: tuple[str, ...] = ()
+    #: Whose MPI a launch uses that does not say: the image's, the node's in its place, or what fits.
+    mpi: Literal["auto", "container", "host"] = "container"
+    cdi: CdiSettings = CdiSettings()
     #: Where users' launches and pulls may fetch what the store lacks. ``outside-jobs`` where compute nodes have no way
     #: out, or its use should not count for a job; ``nowhere`` leaves it to the administrator.
     pull: Literal["anywhere", "outside-jobs", "nowhere"] = "anywhere"
@@ -125,6 +141,9 @@ class Site(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise SiteFileWrong(f"{name}: {error}", hint=f"edit {name}; its keys are in docs/site.md") from None
         paths = [("store", site.store), ("enter", site.enter), *(("carry", entry) for entry in site.carry)]
+        paths += [("profile-directory", site.profile_directory)]
+        paths += [("cdi directories", entry) for entry in site.cdi.directories]
+        paths += [("cdi hooks", entry) for entry in site.cdi.hooks]
         paths += [("ca-file", settings.ca_file) for settings in site.registry.values() if settings.ca_file]
         for key, value in paths:
             if not value.startswith("/") or os.path.normpath(value) != value or value == "/":

@@ -34,14 +34,25 @@ PATHS = (
 
 @given(st.text(max_size=30).filter(lambda text: "\0" not in text and text.isprintable()), st.sets(PATHS, max_size=10))
 def test_a_request_comes_out_as_it_went_in(image: str, paths: set[bytes]) -> None:
-    sent = LaunchRequest(image=image, targets=[Target("d", path) for path in paths], explain=True)
+    sent = LaunchRequest(
+        image=image,
+        targets=[Target("d", path) for path in paths],
+        explain=True,
+        gpu="0,GPU-1a",
+        devices=("a.b/c=d", "a.b/c=d", "a.b/c=e"),
+        features=("ib",),
+        mpi="host",
+    )
     got = LaunchRequest.of_frame(Frame.unpack(sent.frame().pack()))
     assert (got.image, got.explain) == (image, True)
+    assert (got.gpu, got.devices, got.features, got.mpi) == ("0,GPU-1a", ("a.b/c=d", "a.b/c=e"), ("ib",), "host")
     assert sorted(target.path for target in got.targets) == sorted(paths)
 
 
 def test_a_request_carries_no_uid_no_command_no_environment_and_no_source() -> None:
-    assert sorted(LaunchRequest.KEYS) == ["as-of", "explain", "image", "platform", "target"]
+    assert sorted(LaunchRequest.KEYS) == [
+        "as-of", "device", "explain", "feature", "gpu", "image", "mpi", "platform", "target"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -57,6 +68,14 @@ def test_a_request_carries_no_uid_no_command_no_environment_and_no_source() -> N
             for said in (b"-1", b"+1", b"1.5", b" 1", b"x", b"0x1", b"9" * 12, b"\xd9\xa1")
         ),
         [("image", b"a"), ("as-of", b"1"), ("as-of", b"2")],
+        [("image", b"a"), ("gpu", b"0, 1")],
+        [("image", b"a"), ("gpu", b"0"), ("gpu", b"1")],
+        [("image", b"a"), ("gpu", b"x" * 513)],
+        [("image", b"a"), ("device", b"a\nb")],
+        [("image", b"a"), ("device", b"")],
+        [("image", b"a"), ("feature", b"x" * 513)],
+        [("image", b"a"), *[("feature", b"%d" % n) for n in range(65)]],
+        [("image", b"a"), ("mpi", b"theirs")],
         [("image", b"a"), ("target", b"/x")],
         [("image", b"a"), ("target", b"x:/x")],
         [("image", b"a"), ("target", b"d:x")],

@@ -37,7 +37,7 @@ def _main(
     pass
 
 
-app.command("run", context_settings={"allow_interspersed_args": False})(run_cmd.command())
+app.command("run", cls=run_cmd.RunCommand, context_settings={"allow_interspersed_args": False})(run_cmd.command())
 app.command("exec", context_settings={"allow_interspersed_args": False})(exec_cmd.command())
 app.command("pull")(images_cmd.pull)
 app.command("images")(images_cmd.images)

@@ -13,13 +13,14 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hpcctr.cli import launcher
+from hpcctr.cli import doctor_host, launcher
+from hpcctr.cli.finding import Finding
 from hpcctr.cli.table import Format
 from hpcctr.enter.install import enter_problem, front_problem
 from hpcctr.errors import HpcctrError
@@ -35,16 +36,6 @@ from hpcctr.wire import ENGINE_SOCKET
 _RUNC_MENDED = {(1, 3): 6, (1, 4): 3}
 #: mount_setattr(2) is the youngest call without which nothing works.
 _KERNEL_FLOOR = (5, 14)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """The state of one thing on this node."""
-
-    thing: str
-    is_good: bool
-    what: str
-    remedy: str = ""
 
 
 def doctor(
@@ -260,4 +251,5 @@ def _caller(_: Site) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Site], Iterator[Finding]], ...] = (
     _kernel, _enter, _launcher, _engine, _containerd, _converter, _store, _uses, _policy, _caller,
+    doctor_host.devices, doctor_host.fabric, doctor_host.profiles, doctor_host.mpi, doctor_host.scheduler,
 )  # fmt: skip

@@ -24,13 +24,30 @@ def show(launch: Launch) -> None:
         ("starts in", _text(launch.baggage.directory)),
     ):
         typer.echo(f"{head:11} {printable(text)}")
-    mounts = [(_text(tree), _text(tree), "rw", "the node's, as you see it") for tree in KERNEL_TREES]
+    for note in granted.every("note"):
+        typer.echo(f"{'':11} {printable(os.fsdecode(note))}")
+    for text in launch.warnings:
+        typer.echo(f"{'warning':11} {printable(text)}")
+    mounts: list[tuple[str, ...]] = [
+        (_text(tree), _text(tree), "rw", "the node's, as you see it") for tree in KERNEL_TREES
+    ]
     for mount in launch.baggage.mounts:
         mounts.append((_text(mount.target), _text(mount.source), "ro" if mount.read_only else "rw", mount.origin))
     typer.echo()
+    mounts += [tuple(os.fsdecode(edit).split("\t")) for edit in granted.every("edit")]
     print_table(("INSIDE", "FROM", "MODE", "BECAUSE OF"), mounts)
+    if launch.devices:
+        typer.echo()
+        print_table(
+            ("DEVICE", "OF", "FOR YOU"), [(device.path, device.name, device.state) for device in launch.devices]
+        )
+    origins = {name: os.fsdecode(origin) for name, _, origin in _parts(granted.every("env-origin"))}
     others = [
-        (_text(name), _text(variable.value), variable.origin)
+        (
+            _text(name),
+            _text(variable.value),
+            origins.get(name, "site") if variable.origin == "site" else variable.origin,
+        )
         for name, variable in sorted(launch.variables.items())
         if variable.origin != "caller"
     ]
@@ -42,6 +59,10 @@ def show(launch: Launch) -> None:
         print_table(
             ("NOT TAKEN ALONG", "BECAUSE"), [(_text(name), why) for name, why in sorted(launch.dropped.items())]
         )
+
+
+def _parts(fields: list[bytes]) -> list[tuple[bytes, bytes, bytes]]:
+    return [field.partition(b" ") for field in fields]
 
 
 def _text(value: bytes) -> str:

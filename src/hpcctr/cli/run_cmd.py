@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from hpcctr.client.run import prepare, run
 from hpcctr.errors import ImageNotInStore
-from hpcctr.request import RUN_OPTIONS, Option, RunWords
+from hpcctr.request import RUN_OPTIONS, Option, RunWords, spelled_out
 
 HELP = """Run CMD in a container of IMAGE, as this very process.
 
@@ -29,6 +30,13 @@ working directory, home and /tmp are where they are outside.
 Without CMD the image's own entrypoint and command run. hpcctr's own failures end with 125, a refusal or a program that
 cannot be executed with 126, a program that is not found with 127; anything else is the program's own end.
 """
+
+
+class RunCommand(TyperCommand):
+    """``run`` reads an option without its value as the short lane does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's, which typer hides
+        return super().parse_args(ctx, spelled_out(args, RUN_OPTIONS))
 
 
 def parameter(option: Option) -> inspect.Parameter:

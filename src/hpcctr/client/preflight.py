@@ -1,19 +1,24 @@
 """What is looked at before the caller goes in: launches that could only fail later, and worse.
 
-Part of every launch: two look-ups in small tables and one name in the root directory.
+Part of every launch: two look-ups in small tables and one name in the root directory; more only for launches that ask
+for something of the node's.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
-from hpcctr.errors import InsideContainer, LauncherInside
+from hpcctr.errors import InsideContainer, LauncherInside, MpiUnfit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hpcctr.client.environment import Variable
+    from hpcctr.client.probe import Device
+    from hpcctr.client.run import Wishes
+    from hpcctr.wire import Frame
 
 #: The file that every node container has in its root directory, and no host (``spec/process.py``).
 ANCHOR = b"/.hpcctr-anchor"
@@ -33,6 +38,8 @@ SCHEDULERS = (
     (b"LSB_JOBID", "LSF", "blaunch"),
     (b"PE_HOSTFILE", "Grid Engine", "qrsh"),
 )
+#: Variables with the rank of a process in its job: PMI, PMIx, Slurm.
+RANKS = (b"PMI_RANK", b"PMIX_RANK", b"SLURM_PROCID")
 #: Variables and options by which one says how a launcher starts processes: Open MPI 4, Open MPI 5 (PRRTE), Hydra.
 CHOICES = (
     b"OMPI_MCA_plm", b"PRTE_MCA_plm", b"HYDRA_LAUNCHER", b"HYDRA_BOOTSTRAP", b"I_MPI_HYDRA_BOOTSTRAP",
@@ -80,6 +87,69 @@ def require_launcher_outside(command: Sequence[bytes], variables: Mapping[bytes,
         "hpcctr run -e OMPI_MCA_plm=^slurm -e PRTE_MCA_plm=^slurm -e HYDRA_LAUNCHER=fork IMAGE -- "
         f"{shown} …; to go on as it is: -e {os.fsdecode(ALLOW_VARIABLE)}=1 (docs/mpi.md)",
     )
+
+
+def settle_devices(
+    granted: Frame, wishes: Wishes, variables: dict[bytes, Variable], warnings: list[str]
+) -> Sequence[Device]:
+    """The devices of a launch, tried; variables for the GPUs that were chosen and warnings are added.
+
+    Raises :class:`FeatureUnusable` for what was asked for by name and cannot be opened.
+    """
+    if not (granted.every("device") or granted.every("need")):
+        return ()
+    from hpcctr.client import probe
+    from hpcctr.client.environment import Variable
+
+    devices = probe.devices_of(granted)
+    gpus = probe.gpus_of(granted, devices)
+    probe.require_usable(devices, gpus, gpu=wishes.gpu, asked=wishes.devices)
+    for name, value in probe.visible(gpus, wishes.gpu).items():
+        if name not in variables or variables[name].origin != "-e":
+            variables[name] = Variable(value, "--gpu")
+    warnings += probe.lacking(granted)
+    return devices
+
+
+def require_wireup(granted: Frame, mpi: str, variables: Mapping[bytes, Variable], warnings: list[str]) -> None:
+    """Look whether the launcher that started this process speaks what the MPI inside understands.
+
+    Who said whose MPI it is to be has said that the command is an MPI program: raises :class:`MpiUnfit`. For others
+    a warning is added, since it may be any program.
+    """
+    told = granted.text("mpi", "")
+    if not told:
+        return
+    from hpcctr.client import wireup
+
+    family, version, pmi, pmix, product = told.split("\t")
+    found = wireup.problem(variables, family, version, tuple(filter(None, pmi.split(","))), pmix, product=product)
+    if found is None:
+        return
+    text, hint = found
+    if mpi in ("container", "host"):
+        raise MpiUnfit(text, hint=hint)
+    warnings.append(f"{text}: {hint}")
+
+
+def warn(warnings: Sequence[str], variables: Mapping[bytes, Variable]) -> None:
+    """Tell the warnings of a launch on stderr: of a job's ranks, the first does."""
+    # With stderr closed, 2 may be the connection to the engine.
+    if not warnings or sys.stderr is None or _is_further_rank(variables):
+        return
+    from hpcctr.client.carry import shown
+
+    for text in warnings:
+        # A closed or full stderr is the user's choice.
+        try:
+            os.write(2, b"hpcctr: warning: %s\n" % os.fsencode(shown(os.fsencode(text))))
+        except OSError:
+            return
+
+
+def _is_further_rank(variables: Mapping[bytes, Variable]) -> bool:
+    ranks = (variables[name].value for name in RANKS if name in variables)
+    return any(rank != b"0" for rank in ranks)
 
 
 def _is_on(variable: Variable | None) -> bool:

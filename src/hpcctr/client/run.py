@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from hpcctr.client import as_of, carry, connect, enter, environment, preflight
-from hpcctr.errors import NoCommand
-from hpcctr.request import LaunchRequest, RunWords
+from hpcctr.errors import NoCommand, UsageWrong
+from hpcctr.request import MPI_CHOICES, LaunchRequest, RunWords, is_gpu_choice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,12 +24,37 @@ IMAGE_VARIABLE = b"HPCCTR_IMAGE"
 DIGEST_VARIABLE = b"HPCCTR_IMAGE_DIGEST"
 
 
+class Wishes:
+    """What of the node a launch asks for: by its options, or by variables where they cannot be given (as under
+    ``srun --container``).
+    """
+
+    __slots__ = ("devices", "features", "gpu", "mpi")
+
+    def __init__(self, words: RunWords, caller: dict[bytes, bytes]) -> None:
+        self.gpu = words.gpu or _text_of(caller, b"HPCCTR_GPU")
+        self.mpi = words.mpi or _text_of(caller, b"HPCCTR_MPI")
+        self.devices = [os.fsdecode(name) for name in words.device or caller.get(b"HPCCTR_DEVICE", b"").split()]
+        self.features = [os.fsdecode(name) for name in words.feature or caller.get(b"HPCCTR_FEATURE", b"").split()]
+        if self.gpu and not is_gpu_choice(self.gpu):
+            raise UsageWrong(f"HPCCTR_GPU={self.gpu}: not all, none, or names of GPUs with commas between")
+        if self.mpi and self.mpi not in MPI_CHOICES:
+            raise UsageWrong(f"HPCCTR_MPI={self.mpi}: not one of {', '.join(MPI_CHOICES)}")
+        if self.gpu == "none":
+            self.gpu = ""
+
+
+def _text_of(caller: dict[bytes, bytes], name: bytes) -> str:
+    return os.fsdecode(caller.get(name, b""))
+
+
 class Launch:
     """Everything decided about one launch: what the engine granted and what the caller brings."""
 
-    __slots__ = ("baggage", "command", "dropped", "granted", "variables")
+    __slots__ = ("baggage", "command", "devices", "dropped", "granted", "variables", "warnings")
 
     def __init__(self, words: RunWords, granted: Frame, caller: dict[bytes, bytes]) -> None:
+        wishes = Wishes(words, caller)
         self.granted = granted
         self.baggage = _baggage(words, caller, granted.every("carry"))
         self.variables, self.dropped = variables_for(
@@ -41,6 +66,10 @@ class Launch:
             directory=self.baggage.directory,
         )
         self.command = _command(words, granted)
+        self.warnings = [os.fsdecode(text) for text in granted.every("warning")]
+        #: Device nodes of host features, as the caller finds them.
+        self.devices = preflight.settle_devices(granted, wishes, self.variables, self.warnings)
+        preflight.require_wireup(granted, wishes.mpi, self.variables, self.warnings)
         preflight.require_launcher_outside(self.command, self.variables, image=granted.text("name"))
 
 
@@ -52,6 +81,7 @@ def run(words: RunWords, sock: _socket.socket | None = None) -> NoReturn:
     """
     preflight.require_outside()
     sock, launch = prepare(words, sock)
+    preflight.warn(launch.warnings, launch.variables)
     descriptor = inheritable(sock)
     argv = enter.plan(
         descriptor,
@@ -75,11 +105,16 @@ def prepare(words: RunWords, sock: _socket.socket | None = None) -> tuple[_socke
     """
     caller = environment.of_this_process()
     baggage = _baggage(words, caller, ())
+    wishes = Wishes(words, caller)
     request = LaunchRequest(
         image=_absolute(words.image),
         targets=baggage.targets(),
         platform=words.platform,
         explain=words.explain,
+        gpu=wishes.gpu,
+        devices=wishes.devices,
+        features=wishes.features,
+        mpi=wishes.mpi,
         # Who asks the registry wants what the name means now.
         as_of=None if words.pull == "always" else as_of.job_start(caller),
     )

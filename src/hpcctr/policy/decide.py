@@ -52,6 +52,7 @@ def decide(
     asked_targets: Sequence[Target] | None = None,
     features: Sequence[str] = (),
     devices: Sequence[str] = (),
+    other_devices: Sequence[str] = (),
     other_names: Sequence[str] = (),
 ) -> Grant:
     """The grant of the first rule about this launch. No rule is a denial.
@@ -66,6 +67,7 @@ def decide(
         targets=[target.path for target in (targets if asked_targets is None else asked_targets)],
         features=features,
         devices=devices,
+        other_devices=other_devices,
         other_names=other_names,
     )
     return Grant(caller=caller, image=image, edits=edits, targets=tuple(targets), rule=rule)
@@ -79,6 +81,7 @@ def allowing(
     targets: Sequence[bytes] = (),
     features: Sequence[str] = (),
     devices: Sequence[str] = (),
+    other_devices: Sequence[str] = (),
     other_names: Sequence[str] = (),
 ) -> str:
     """The label of the rule that lets this caller have the image; what one may not run, one may not pull either.
@@ -92,6 +95,7 @@ def allowing(
         targets=tuple(targets),
         features=tuple(features),
         devices=tuple(devices),
+        other_devices=tuple(other_devices),
     )
     result = verdict(rules, asked)
     if result.rule is None or not result.is_allowed:

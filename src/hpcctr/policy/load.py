@@ -119,7 +119,7 @@ def _require_roots_directory(path: str) -> None:
     is_safe = not status.st_mode & _WRITABLE or status.st_mode & stat.S_ISVTX
     if status.st_uid != 0 or not is_safe:
         raise PolicyUnusable(
-            f"{path} is not a directory that only root can write, and policy lies below it",
+            f"{path} is not a directory that only root can write",
             hint=f"chown root:root {path} && chmod go-w {path}",
         )
 

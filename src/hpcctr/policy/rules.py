@@ -32,6 +32,8 @@ class Asked:
     features: tuple[str, ...] = ()
     #: ``vendor.com/class=name``.
     devices: tuple[str, ...] = ()
+    #: Devices that come with these, whatever they are called by who asks; for deny rules alone.
+    other_devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +114,11 @@ class Rule:
     ]:
         if self._says_nothing_of_things:
             return ()
+        devices = (*asked.devices, *asked.other_devices) if self.action == "deny" else asked.devices
         return (
             ("mount target", self.targets, asked.targets, self._is_in_targets),
             ("feature", self.features, asked.features, self._is_in_features),
-            ("device", self.devices, asked.devices, self._is_in_devices),
+            ("device", self.devices, devices, self._is_in_devices),
         )
 
     def _is_about_name(self, name: str) -> bool:

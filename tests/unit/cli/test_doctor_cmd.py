@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcctr.cli.doctor_cmd import Finding, _with_known_escapes
+from hpcctr.cli.doctor_cmd import _with_known_escapes
+from hpcctr.cli.finding import Finding
 
 
 def _looked_at(path: Path | str, version: str) -> Finding:

@@ -17,7 +17,7 @@ def _full(arguments: list[str]) -> RunWords | None:
     """The words as typer reads them; None when it refuses."""
     seen: list[RunWords] = []
     app = typer.Typer(rich_markup_mode=None)
-    app.command("run", context_settings={"allow_interspersed_args": False})(_capturing(seen))
+    app.command("run", cls=run_cmd.RunCommand, context_settings={"allow_interspersed_args": False})(_capturing(seen))
     app.command("other")(lambda: None)
     result = CliRunner().invoke(app, ["run", *arguments])
     return seen[0] if result.exit_code == 0 else None
@@ -44,10 +44,20 @@ _option = st.one_of(
     *[
         st.just([flag]) if not option.metavar else st.builds(lambda flag, value: [flag, value], st.just(flag), _plain)
         for option in RUN_OPTIONS
-        if not option.choices
+        if not option.choices and not option.implied
         for flag in option.flags
     ],
-    st.sampled_from([["--pull", "never"], ["--pull=always"], ["--env=A=1"], ["--volume=/a:/b:ro"]]),
+    st.sampled_from(
+        [
+            ["--pull", "never"],
+            ["--pull=always"],
+            ["--env=A=1"],
+            ["--volume=/a:/b:ro"],
+            ["--gpu"],
+            ["--gpu=0,1"],
+            ["-e", "--gpu"],
+        ]
+    ),
 )
 
 

@@ -90,3 +90,15 @@ def test_hpcctr_inside_a_container_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_the_sign_of_a_container_is_the_file_that_the_engine_puts_there() -> None:
     assert ANCHOR.encode() == preflight.ANCHOR
+
+
+@pytest.mark.parametrize("rank", [b"PMI_RANK", b"PMIX_RANK", b"SLURM_PROCID"])
+def test_of_a_job_the_first_rank_warns(capfd: pytest.CaptureFixture[str], rank: bytes) -> None:
+    for value in (b"1", b"0"):
+        preflight.warn([f"of {value.decode()}"], {rank: Variable(value, "caller")})
+    assert capfd.readouterr().err == "hpcctr: warning: of 0\n"
+
+
+def test_a_warning_is_one_line_that_no_terminal_obeys(capfd: pytest.CaptureFixture[str]) -> None:
+    preflight.warn(["a\x1b[31mb\nhpcctr: error[x]: c"], {})
+    assert capfd.readouterr().err == "hpcctr: warning: a?[31mb?hpcctr: error[x]: c\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hpcctr.client.environment import of_this_process
-from hpcctr.client.run import Launch
-from hpcctr.errors import NoCommand
+from hpcctr.client.run import Launch, Wishes
+from hpcctr.errors import NoCommand, UsageWrong
 from hpcctr.request import RunWords
 from hpcctr.wire import Frame
 
@@ -53,3 +53,23 @@ def test_the_program_is_told_its_image() -> None:
     variables = Launch(RunWords("img", [b"x"]), GRANTED, of_this_process()).variables
     assert variables[b"HPCCTR_IMAGE"].value == b"img:1"
     assert variables[b"HPCCTR_IMAGE_DIGEST"].value == b"sha256:0"
+
+
+def test_what_is_asked_of_the_node_comes_from_options_and_else_from_variables() -> None:
+    said = {
+        b"HPCCTR_GPU": b"1",
+        b"HPCCTR_MPI": b"host",
+        b"HPCCTR_DEVICE": b"a.b/c=d  a.b/c=e",
+        b"HPCCTR_FEATURE": b"ib",
+    }
+    wishes = Wishes(RunWords("img", [b"x"]), said)
+    assert (wishes.gpu, wishes.mpi, wishes.devices, wishes.features) == ("1", "host", ["a.b/c=d", "a.b/c=e"], ["ib"])
+    words = RunWords("img", [b"x"], gpu="none", mpi="container", device=(b"x.y/z=0",), feature=(b"ucx",))
+    wishes = Wishes(words, said)
+    assert (wishes.gpu, wishes.mpi, wishes.devices, wishes.features) == ("", "container", ["x.y/z=0"], ["ucx"])
+
+
+@pytest.mark.parametrize(("name", "value"), [(b"HPCCTR_GPU", b"0 1"), (b"HPCCTR_MPI", b"theirs")])
+def test_a_variable_that_asks_for_nonsense_is_named(name: bytes, value: bytes) -> None:
+    with pytest.raises(UsageWrong, match=f"{name.decode()}={value.decode()}"):
+        Wishes(RunWords("img", [b"x"]), {name: value})

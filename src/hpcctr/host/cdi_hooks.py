@@ -18,7 +18,8 @@ from hpcctr.host.edits import DeviceEdit, FileEdit, HookEdit, LinkEdit
 from hpcctr.host.trusted import require_only_roots
 from hpcctr.request import target_problem
 
-_STAGES = ("prestart", "createRuntime", "createContainer")
+#: Where runtimes run hooks in the host's own view (engine/README.md).
+_STAGES = ("prestart", "createRuntime")
 _PATH = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
 _PROFILE = "/etc/nvidia/nvidia-application-profiles-rc.d/10-container.conf"
 _GPU_NODE = re.compile(r"/dev/nvidia[0-9]+")
@@ -121,6 +122,11 @@ class Hooks:
                 hint=f'hooks = ["{hook.path}"] in [cdi] of site.toml allows it',
             )
         named = f"{file}: hook {hook.path}"
+        if hook.stage == "createContainer":
+            raise FeatureUnusable(
+                f"{named} is to run at createContainer, where runtimes work in the image's root directory",
+                hint=f"another stage in {file}: {' or '.join(_STAGES)}",
+            )
         if hook.stage not in _STAGES:
             raise FeatureUnusable(
                 f"{named}: {hook.stage} never comes: programs start without the runtime", hint=f"edit {file}"

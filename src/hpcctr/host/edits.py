@@ -84,7 +84,7 @@ class DeviceEdit:
 class HookEdit:
     """A program of the host's that the OCI runtime runs while it builds the container; the site has named its path."""
 
-    stage: Literal["prestart", "createRuntime", "createContainer"]
+    stage: Literal["prestart", "createRuntime"]
     path: str
     args: tuple[str, ...]
     #: All of its environment.

@@ -1,6 +1,6 @@
 """What was worked out about files of the node, kept while those files are what they were.
 
-All ranks of a node ask for the same within a moment, and some features read a hundred files. A look at each (lstat)
+All ranks of a node ask for the same within a moment, and some features read a hundred files. A look at each (stat)
 says whether anything has changed: device, inode, size, owner, mode, and both times. What no look at known files can
 tell, as a device that appears, is seen within :data:`SECONDS`.
 """
@@ -81,7 +81,7 @@ def with_entries(directories: Iterable[str]) -> list[str]:
 
 def _status(path: str) -> tuple[int, ...]:
     try:
-        status = os.lstat(path)
+        status = os.stat(path)
     except OSError:
         return ()
     return (

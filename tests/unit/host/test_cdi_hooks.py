@@ -183,7 +183,7 @@ def test_any_other_program_runs_only_where_the_site_names_it(program: str) -> No
 @pytest.mark.root
 def test_a_program_the_site_names_gets_the_files_environment_and_a_path(program: str) -> None:
     path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
-    for stage in ("prestart", "createRuntime", "createContainer"):
+    for stage in ("prestart", "createRuntime"):
         for env, all_of_it in (((), (path,)), (("A=1",), (path, "A=1")), (("PATH=/x", "B="), ("PATH=/x", "B="))):
             done = collect(other(program, stage=stage, env=env, timeout=7), allowed=[program]).done
             assert done.hooks == [
@@ -233,3 +233,9 @@ def test_a_program_that_is_not_roots_alone_is_refused_even_where_it_is_named(pro
         "relative": "absolute",
     }
     assert said.get(what, "not root's alone") in refusal(other(name), allowed=[name]).message
+
+
+@pytest.mark.root
+def test_a_program_that_would_work_in_the_images_root_is_refused_whoever_names_it(program: str) -> None:
+    with pytest.raises(FeatureUnusable, match="createContainer, where runtimes work in the image's root directory"):
+        collect(other(program, stage="createContainer", env=(), timeout=7), allowed=[program])

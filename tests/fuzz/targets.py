@@ -19,9 +19,9 @@ from types import ModuleType
 
 import msgspec
 
-from hpcctr import context, lockfile, proc
+from hpcctr import context, lockfile, mounttable, proc
 from hpcctr.client import connect
-from hpcctr.engine import accounts, job, members, mounts
+from hpcctr.engine import accounts, job, members
 from hpcctr.errand import Errand, Failed, Said
 from hpcctr.errors import (
     CallerRefused,
@@ -354,7 +354,7 @@ def mount_table(data: bytes) -> None:
     root = b"30 1 0:30 / / ro,relatime - overlay hpcctr ro,lowerdir=/l,upperdir=/run/hpcctr/upper/1,workdir=/w"
     table = root + b"\n" + theirs + b"\n"
     with _fed(proc, table):
-        entries = mounts.read_mounts()
+        entries = mounttable.read_mounts()
     assert [os.fsencode(entry.target) for entry in entries] == [b"/", b"/" + target]
     assert os.fsencode(entries[1].source) == source and os.fsencode(entries[1].kind) == kind
     assert members.upper_in(entries) == "/run/hpcctr/upper/1"

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from hpcctr.engine.mounts import MountEntry, mount_number, open_beneath
+from hpcctr.engine.mounts import open_beneath
 from hpcctr.errors import FeatureUnusable
 from hpcctr.host.trusted import identity_of
+from hpcctr.mounttable import MountEntry, mount_number
 from hpcctr.spec.mounts import BindMount
 
 #: The name of the record, and bytes of it that are read: the most edits with the longest paths, twice.

@@ -18,9 +18,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, mounted_by, read_mounts, unmount
+from hpcctr.engine.mounts import MS_NODEV, MS_NOSUID, MS_RDONLY, mount, unmount
 from hpcctr.engine.uses import Uses
 from hpcctr.errors import DeadlinePassed, ImageMountFailed
+from hpcctr.mounttable import mounted_by, read_mounts
 
 #: linux/loop.h.
 _LOOP_CTL_GET_FREE = 0x4C82

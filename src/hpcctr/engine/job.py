@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from hpcctr.context import read_status
 from hpcctr.engine.members import living_threads, root_upper
-from hpcctr.engine.mounts import MountEntry, cgroup_hierarchies, read_mounts
+from hpcctr.mounttable import MountEntry, cgroup_hierarchies, read_mounts
 from hpcctr.proc import read_lines
 from hpcctr.wire import RUN_DIRECTORY
 
@@ -83,7 +83,7 @@ class JobCgroups:
 
     #: The job's directory in each hierarchy.
     directories: Sequence[str]
-    #: Of :func:`hpcctr.engine.mounts.cgroup_hierarchies`.
+    #: Of :func:`hpcctr.mounttable.cgroup_hierarchies`.
     places: Mapping[str, str]
 
     @classmethod

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 from hpcctr.context import read_status
-from hpcctr.engine.mounts import MountEntry
+from hpcctr.mounttable import MountEntry
 
 #: linux/nsfs.h.
 _NS_GET_USERNS = 0xB701

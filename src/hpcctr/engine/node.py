@@ -28,11 +28,12 @@ from hpcctr.engine.imagemount import ImageMounts
 from hpcctr.engine.intact import require_intact
 from hpcctr.engine.layers import Layers
 from hpcctr.engine.members import is_roots, upper_in
-from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, read_mounts, unmount
+from hpcctr.engine.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID, mount, unmount
 from hpcctr.engine.remains import clear_remains
 from hpcctr.engine.upper import UpperLayer
 from hpcctr.errors import ContainerdFailed, ContainerNotFound, FeatureUnusable, HpcctrError, TargetImpossible
 from hpcctr.host.edits import HostEdits
+from hpcctr.mounttable import read_mounts
 from hpcctr.policy.grant import Grant
 from hpcctr.spec.build import build_spec
 from hpcctr.spec.mounts import BindMount

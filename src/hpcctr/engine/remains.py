@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from hpcctr.context import read_status
-from hpcctr.engine.mounts import cgroup_hierarchies, read_mounts, unmount
+from hpcctr.engine.mounts import unmount
+from hpcctr.mounttable import cgroup_hierarchies, read_mounts
 from hpcctr.spec.linux import cgroup_of
 
 #: Where shims have runc and crun keep their state (containerd, pkg/process, RuncRoot), by containerd's namespace.

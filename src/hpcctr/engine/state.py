@@ -15,8 +15,9 @@ import stat
 import time
 from collections.abc import Iterator
 
-from hpcctr.engine.mounts import read_mounts, unmount
+from hpcctr.engine.mounts import unmount
 from hpcctr.errors import EngineBusy, HpcctrError
+from hpcctr.mounttable import read_mounts
 
 _CONTAINERS = "containers"
 _DIRECT = re.compile(r"direct-[0-9]{1,10}")

@@ -13,8 +13,8 @@ import stat
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hpcctr.engine.mounts import MountEntry, mount_number, read_mounts, served_by
 from hpcctr.errors import FeatureUnusable
+from hpcctr.mounttable import MountEntry, mount_number, read_mounts, served_by
 
 #: Symbolic links on one path, as the kernel has it (path_resolution(7)).
 _LINKS_MAX = 40

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from hpcctr.engine.mounts import cgroup_hierarchies, read_mounts
 from hpcctr.errand import Errand
 from hpcctr.errors import CallerRefused
+from hpcctr.mounttable import cgroup_hierarchies, read_mounts
 from hpcctr.proc import read_lines
 from hpcctr.site import Site
 

@@ -9,9 +9,9 @@ import pytest
 
 from hpcctr.engine import bindings
 from hpcctr.engine.bindings import NotAsAsked
-from hpcctr.engine.mounts import MountEntry, mount_number, read_mounts
 from hpcctr.errors import FeatureUnusable
 from hpcctr.host.trusted import identity_of
+from hpcctr.mounttable import MountEntry, mount_number, read_mounts
 from hpcctr.spec.mounts import BindMount
 
 

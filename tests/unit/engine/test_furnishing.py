@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from hpcctr.engine.furnishing import CACHE_MAX, Furnishing, covered, room
-from hpcctr.engine.mounts import MountEntry
 from hpcctr.engine.union import Union
 from hpcctr.errors import FeatureUnusable
 from hpcctr.host.edits import (
@@ -25,6 +24,7 @@ from hpcctr.host.edits import (
 )
 from hpcctr.host.ldcache import listed, merged
 from hpcctr.host.trusted import Look, Trusted
+from hpcctr.mounttable import MountEntry
 from hpcctr.request import Target
 from hpcctr.spec.mounts import BindMount
 

@@ -11,8 +11,9 @@ import pytest
 
 from hpcctr.engine import imagemount
 from hpcctr.engine.imagemount import ImageMounts
-from hpcctr.engine.mounts import read_mounts, unmount
+from hpcctr.engine.mounts import unmount
 from hpcctr.errors import DeadlinePassed, ImageMountFailed
+from hpcctr.mounttable import read_mounts
 from tests.support.mount_namespace import in_private_mounts
 from tests.support.scratch import scratch
 from tests.support.squashfs import make_squashfs

@@ -14,7 +14,7 @@ import pytest
 
 from hpcctr.engine import job
 from hpcctr.engine.job import JobCgroups
-from hpcctr.engine.mounts import MountEntry, read_mounts
+from hpcctr.mounttable import MountEntry, read_mounts
 from tests.support.job_cgroup import VERSIONS, JobCgroup, Version, has, job_cgroup
 from tests.support.polling import wait_until
 from tests.support.users import User

@@ -21,7 +21,7 @@ from hpcctr.engine.members import (
     root_upper,
     upper_in,
 )
-from hpcctr.engine.mounts import MountEntry
+from hpcctr.mounttable import MountEntry
 from tests.support.polling import wait_until
 from tests.support.processes import ENDED_LEADER
 

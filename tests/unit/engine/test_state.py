@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from hpcctr.engine import state
-from hpcctr.engine.mounts import MS_NODEV, mount, read_mounts
+from hpcctr.engine.mounts import MS_NODEV, mount
 from hpcctr.engine.state import StateDirectory, dead_siblings, unmount_all
 from hpcctr.errors import EngineBusy, HpcctrError
+from hpcctr.mounttable import read_mounts
 from tests.support.mount_namespace import ROOT, in_private_mounts
 from tests.support.scratch import scratch
 

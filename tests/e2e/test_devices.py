@@ -280,6 +280,12 @@ def test_policy_decides_about_devices_and_features(equipped: Node, alice: User) 
         directory.rmdir()
 
 
+def test_the_log_says_which_devices_were_asked_for(equipped: Node, alice: User) -> None:
+    _run(equipped, alice, "true", flags=("--gpu=0", "--device", "kernel.org/misc=fuse"))
+    granted = [line for line in equipped.engine.log().splitlines() if "granted uid=" in line][-1]
+    assert "asked='nvidia.com/gpu=0,kernel.org/misc=fuse'" in granted
+
+
 def test_nothing_of_a_feature_changes_who_the_program_is(equipped: Node, alice: User) -> None:
     script = "id -u; id -G; grep -E 'Cap(Eff|Prm|Bnd)|NoNewPrivs' /proc/self/status"
     plain = _run(equipped, alice, "sh", "-c", script, flags=())

@@ -340,6 +340,8 @@ def _audit(
             f"image={grant.image.policy_name!r} digest={grant.image.record.digest} because={grant.image.because!r} "
             f"container={key} rule={grant.rule!r}"
         )
+        if grant.asked:
+            line.append(f"asked={','.join(grant.asked)!r}")
         if grant.image.name.startswith("@"):
             line.append(f"shared={grant.image.name!r}")
     if error is not None:

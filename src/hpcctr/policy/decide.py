@@ -70,7 +70,14 @@ def decide(
         other_devices=other_devices,
         other_names=other_names,
     )
-    return Grant(caller=caller, image=image, edits=edits, targets=tuple(targets), rule=rule)
+    return Grant(
+        caller=caller,
+        image=image,
+        edits=edits,
+        targets=tuple(targets),
+        rule=rule,
+        asked=(*features, *devices),
+    )
 
 
 def allowing(

@@ -24,6 +24,8 @@ class Grant:
     targets: tuple[Target, ...]
     #: Name of the rule that allowed it, with its file.
     rule: str
+    #: Host features and devices that were asked for, by name.
+    asked: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

@@ -7,6 +7,7 @@ users' programs are where they always are.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -161,6 +162,13 @@ class Installed:
         assert name in self.node.hpcctr("images", "--mine", user=self.alice).stdout.decode()
         self.node.hpcctr("rm", name, user=self.alice)
 
+    def with_host_features(self) -> None:
+        """A device of CDI's with a file and a link, and a profile with a directory of the node's."""
+        flags = ["--device", "kernel.org/misc=fuse", "--feature", "zone"]
+        script = "cat /opt/driver/libx.so && ls /usr/share/zoneinfo/UTC"
+        done = self.node.run(images.busybox(), "sh", "-c", script, user=self.alice, flags=flags)
+        assert done.stdout.decode() == "a driver's\n/usr/share/zoneinfo/UTC\n"
+
     def cleanup(self) -> None:
         self.node.hpcctr("cleanup")
         assert self.node.containerd.containers() == ()
@@ -201,13 +209,14 @@ def installed(alice: User, bob: User) -> Iterator[Installed]:
         scratch("systemd") as root,
         Host.start(root) as host,
         Systemd.start(host) as systemd,
-        equipped(host, linger_seconds=600) as node,
+        equipped(host, linger_seconds=600, more=f'[cdi]\ndirectories = ["{root}/cdi"]\n') as node,
         Registry.start(root / "registry") as registry,
     ):
         node.pull(images.busybox())
         for directory, _, names in os.walk(node.site.store):
             for name in ("", *names):
                 os.chown(Path(directory) / name, OWNER, OWNER)
+        _describe_hardware(root)
         desk = root / "desk"
         desk.mkdir(mode=0o700)
         archive = write_oci_archive(desk / "app.tar", busybox(layers=[tar(file("etc/edition", b"own"))]))
@@ -226,6 +235,32 @@ def installed(alice: User, bob: User) -> Iterator[Installed]:
         yield Installed(
             node=node, systemd=systemd, registry=registry, alice=alice, bob=bob, log_file=log, archive=archive
         )
+
+
+def _describe_hardware(root: Path) -> None:
+    for name in ("cdi", "profiles.d", "drivers"):
+        (root / name).mkdir(mode=0o755)
+    root.chmod(0o755)
+    library = root / "drivers/libx.so.1"
+    library.write_text("a driver's\n")
+    edits = {
+        "deviceNodes": [{"path": "/dev/fuse"}],
+        "mounts": [{"hostPath": str(library), "containerPath": "/opt/driver/libx.so.1", "options": ["ro", "bind"]}],
+        "hooks": [
+            {
+                "hookName": "createContainer",
+                "path": "/usr/bin/nvidia-cdi-hook",
+                "args": ["nvidia-cdi-hook", "create-symlinks", "--link", "libx.so.1::/opt/driver/libx.so"],
+            }
+        ],
+    }
+    document = {
+        "cdiVersion": "0.5.0",
+        "kind": "kernel.org/misc",
+        "devices": [{"name": "fuse", "containerEdits": edits}],
+    }
+    (root / "cdi/fuse.json").write_text(json.dumps(document))
+    (root / "profiles.d/zone.toml").write_text('directories = ["/usr/share/zoneinfo"]\n')
 
 
 def _at(node: Node, unit: str) -> str:
@@ -267,6 +302,7 @@ def test_systemd_measures_no_more_exposure_than_is_documented(place: Path) -> No
 def test_everything_works_with_the_unit(unit: Installed) -> None:
     unit.run()
     unit.exec()
+    unit.with_host_features()
     unit.pull()
     unit.import_and_share()
     unit.pull_from_a_cgroup_of_ones_own()

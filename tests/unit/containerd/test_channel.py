@@ -11,8 +11,10 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
+from hpcctr.containerd import channel as module
 from hpcctr.containerd.channel import Channel
 from hpcctr.errors import ContainerdUnavailable, ContainerExists, DeadlinePassed
+from tests.support.polling import wait_until
 
 METHOD = "/test.Service/Method"
 Answer = Callable[[bytes, grpc.ServicerContext], bytes]
@@ -108,4 +110,44 @@ def test_a_proxy_of_the_environment_has_no_say(channel: Channel, monkeypatch: py
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     server = _serve(Path(channel.socket), lambda _, __: b"")
     _call(channel)
+    server.stop(None).wait()
+
+
+def _wait_until_closed(channel: Channel) -> None:
+    wait_until(lambda: channel._channel is None and not channel._is_watched)
+
+
+def test_a_connection_nobody_uses_is_closed_and_the_next_call_makes_another(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.05)
+    server = _serve(Path(channel.socket), lambda _, __: b"")
+    for _ in range(3):
+        _call(channel)
+        _wait_until_closed(channel)
+    server.stop(None).wait()
+
+
+def test_a_call_that_takes_long_is_never_cut_off_by_a_rest(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.02)
+
+    def slow(_: bytes, __: grpc.ServicerContext) -> bytes:
+        time.sleep(0.3)
+        return b""
+
+    server = _serve(Path(channel.socket), slow)
+    with ThreadPoolExecutor(8) as pool:
+        for one in [pool.submit(_call, channel) for _ in range(24)]:
+            one.result(20)
+    _wait_until_closed(channel)
+    server.stop(None).wait()
+
+
+def test_calls_from_many_threads_survive_any_number_of_rests(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.001)
+    server = _serve(Path(channel.socket), lambda _, __: b"")
+    with ThreadPoolExecutor(4) as pool:
+        for one in [pool.submit(_call, channel) for _ in range(300)]:
+            one.result(20)
+    _wait_until_closed(channel)
     server.stop(None).wait()

@@ -84,7 +84,8 @@ class DeviceEdit:
 class HookEdit:
     """A program of the host's that the OCI runtime runs while it builds the container; the site has named its path."""
 
-    stage: Literal["prestart", "createRuntime"]
+    #: The last is refused where files are read, and once more by the engine, which relies on no reader.
+    stage: Literal["prestart", "createRuntime", "createContainer"]
     path: str
     args: tuple[str, ...]
     #: All of its environment.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpcctr.context import Caller, machine
-from hpcctr.engine.furnishing import covered
 from hpcctr.engine.nodes import NodeContainer, NodeContainers
 from hpcctr.engine.view import View
 from hpcctr.host.edits import HostEdits, of_site
@@ -34,15 +33,14 @@ def prepare(request: LaunchRequest, caller: Caller, site: Site) -> Grant:
         as_of=request.as_of,
     )
     features = features_of(request, caller, site, image)
-    targets = request.targets_with(site.carry)
     # What the site adds, nobody has to be allowed.
     return _decided(
         rules,
         caller,
         site,
         image,
-        edits=features.edits.noting(covered(features.edits, targets)),
-        targets=targets,
+        edits=features.edits,
+        targets=request.targets_with(site.carry),
         asked_targets=request.targets,
         features=features.names,
         devices=features.devices,

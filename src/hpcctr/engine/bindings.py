@@ -22,16 +22,6 @@ RECORD = "bindings"
 _RECORD_MAX = 8 << 20
 
 
-class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    source: str
-    target: str
-    kind: str
-    is_read_only: bool
-    is_noexec: bool
-    identity: str
-    origin: str
-
-
 class NotAsAsked(Exception):
     """The kernel's mounts are not the ones that were asked for; the text says in what."""
 
@@ -40,20 +30,8 @@ def write(directory: str, binds: Sequence[BindMount]) -> None:
     """Write the record into a container's directory, once; none for nothing. Raises OSError."""
     if not binds:
         return
-    lines = [
-        _Line(
-            source=bind.source,
-            target=bind.target,
-            kind=bind.kind,
-            is_read_only=bind.is_read_only,
-            is_noexec=bind.is_noexec,
-            identity=bind.identity,
-            origin=bind.origin,
-        )
-        for bind in binds
-    ]
     with open(os.path.join(directory, RECORD), "xb") as file:
-        file.write(msgspec.json.encode(lines))
+        file.write(msgspec.json.encode(list(binds)))
 
 
 def read(directory: str) -> tuple[BindMount, ...]:
@@ -65,25 +43,9 @@ def read(directory: str) -> tuple[BindMount, ...]:
     except FileNotFoundError:
         return ()
     try:
-        lines = msgspec.json.decode(raw, type=list[_Line])
+        return tuple(msgspec.json.decode(raw, type=list[BindMount]))
     except msgspec.MsgspecError:
         raise NotAsAsked("the record of the host's files in it cannot be read") from None
-    binds = []
-    for line in lines:
-        if line.kind not in ("d", "f"):
-            raise NotAsAsked("the record of the host's files in it cannot be read")
-        binds.append(
-            BindMount(
-                source=line.source,
-                target=line.target,
-                kind="d" if line.kind == "d" else "f",
-                is_read_only=line.is_read_only,
-                is_noexec=line.is_noexec,
-                identity=line.identity,
-                origin=line.origin,
-            )
-        )
-    return tuple(binds)
 
 
 def require_as_asked(entries: Iterable[MountEntry], binds: Sequence[BindMount]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hpcctr.context import CAP_SYS_ADMIN, CAP_SYS_CHROOT, Caller
 from hpcctr.engine.errands import Errands
+from hpcctr.engine.furnishing import covered
 from hpcctr.engine.log import log
 from hpcctr.engine.nodes import NodeContainers
 from hpcctr.engine.overdue import Overdue
@@ -270,7 +271,7 @@ def _explanation(grant: Grant, site: Site) -> Frame:
         *((edit.path, edit.soname, "found by ld.so", edit.origin) for edit in edits.cache),
         *((edit.path, edit.stage, "hook", edit.origin) for edit in edits.hooks),
     ]
-    fields = [("note", _field(note)) for note in edits.notes]
+    fields = [("note", _field(note)) for note in (*edits.notes, *covered(edits, grant.targets))]
     fields += [("env-origin", _field(f"{edit.name} {edit.origin}")) for edit in edits.env]
     room = FRAME_MAX - len(reply.pack()) - sum(len(key) + len(value) + 2 for key, value in fields) - 1024
     for number, line in enumerate(lines):

@@ -23,7 +23,7 @@ from hpcctr.host.cdi_text import Wrong
 from hpcctr.host.cdi_written import BYTES_MAX, Document
 from hpcctr.host.edits import HostEdits
 from hpcctr.host.trusted import require_only_roots
-from hpcctr.policy.load import require_only_roots_way
+from hpcctr.rootfiles import require_only_roots_way
 
 #: Of one directory.
 FILES_MAX = 200

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from hpcctr.site import Site
@@ -156,10 +156,6 @@ class HostEdits:
     #: The MPI that programs inside load, for the client, which knows the launcher: family, version, PMI (with commas),
     #: version of PMIx, product, with tabs between. Empty: none, or not known.
     mpi: str = ""
-
-    def noting(self, notes: Iterable[str]) -> HostEdits:
-        """The same with more notes."""
-        return replace(self, notes=(*self.notes, *notes))
 
     def key(self) -> str:
         """A text equal for equal edits, for the node container's key. What changes nothing inside is left out."""

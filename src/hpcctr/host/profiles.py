@@ -7,7 +7,6 @@ no edit that is not seen.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import threading
@@ -15,14 +14,15 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from glob import glob, has_magic
 
-from hpcctr.errors import FeatureUnusable, PolicyUnusable
+from hpcctr import rootfiles
+from hpcctr.errors import FeatureUnusable
 from hpcctr.host import libraries
 from hpcctr.host.edits import DeviceEdit, EnvEdit, HostEdits, MountEdit, NeedEdit, joined
 from hpcctr.host.ldcache import HostCache
 from hpcctr.host.loading import cannot
 from hpcctr.host.profile_written import BYTES_MAX, Written, is_never, parse
 from hpcctr.host.trusted import Look, Trusted, identity_of
-from hpcctr.policy.load import require_only_roots_way
+from hpcctr.rootfiles import require_only_roots_way
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 #: Files of a profile directory, and matches of one glob.
 FILES_MAX = 200
 _MATCHES_MAX = 256
-_WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,16 @@ def load(directory: str, *, root_owned: bool = True) -> Mapping[str, Profile]:
     """
     if root_owned:
         require_only_roots_way(os.path.dirname(directory))
-    contents = _contents(directory, root_owned=root_owned)
+    contents = (
+        rootfiles.contents(
+            directory,
+            bytes_max=BYTES_MAX,
+            files_max=FILES_MAX,
+            root_owned=root_owned,
+            too_many=lambda text: FeatureUnusable(text, hint="remove those that nobody uses"),
+        )
+        or []
+    )
     with _parsing:
         global _last  # noqa: PLW0603
         key = (directory, root_owned, contents)
@@ -216,55 +224,6 @@ def _as_it_is(path: str, origin: str) -> Trusted:
     except OSError as error:
         raise FeatureUnusable(f"{origin}: {path}: {(error.strerror or '').lower()}", hint=f"ls -l {path}") from None
     return Trusted(path=real, kind="d" if stat.S_ISDIR(status.st_mode) else "f", identity=identity_of(status))
-
-
-def _contents(directory: str, *, root_owned: bool) -> list[tuple[str, bytes]]:
-    """Name and content of every file, in order of name."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise _not_roots(directory, "directory") from None
-        raise _unreadable(directory, error) from None
-    try:
-        status = os.fstat(descriptor)
-        if root_owned and (status.st_uid != 0 or status.st_mode & _WRITABLE):
-            raise _not_roots(directory, "directory")
-        names = sorted(name for name in os.listdir(descriptor) if name.endswith(".toml") and name[0] != ".")
-        if len(names) > FILES_MAX:
-            raise FeatureUnusable(
-                f"{directory}: {len(names)} files, {FILES_MAX} are possible", hint="remove those that nobody uses"
-            )
-        return [(name, _content(descriptor, name, f"{directory}/{name}", root_owned=root_owned)) for name in names]
-    finally:
-        os.close(descriptor)
-
-
-def _content(directory: int, name: str, path: str, *, root_owned: bool) -> bytes:
-    try:
-        # Looked at first: opening a device can do something. Looked at again once it is open: that file is read.
-        if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-            raise _not_roots(path, "file")
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or (root_owned and (status.st_uid != 0 or status.st_mode & _WRITABLE)):
-                raise _not_roots(path, "file")
-            return file.read(BYTES_MAX + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _not_roots(path: str, kind: str) -> PolicyUnusable:
-    return PolicyUnusable(
-        f"{path} is not a {kind} that only root can write", hint=f"chown root:root {path} && chmod go-w {path}"
-    )
-
-
-def _unreadable(path: str, error: OSError) -> PolicyUnusable:
-    return PolicyUnusable(f"{path}: {error.strerror}", hint=f"ls -l {path}")
 
 
 def _words(words: Collection[str]) -> str:

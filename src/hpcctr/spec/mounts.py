@@ -6,12 +6,12 @@ Everything a program sees of the host beyond that comes with the caller: enter c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 
-@dataclass(frozen=True, kw_only=True)
-class BindMount:
+
+class BindMount(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file or directory of the host's in a container: a mount edit whose places have been found."""
 
     #: On the host, without symbolic links.
